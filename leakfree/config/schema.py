@@ -1,0 +1,248 @@
+"""The typed schema of a run: every key a config file may hold, documented once.
+
+Data only: nothing here imports torch, builds a model, or reads a file. Values are checked by type
+when a file is merged (OmegaConf) and by range in :func:`leakfree.config.load_config`, which reads
+the ``valid=`` metadata of each field.
+Units are in the comments; a "step" is one optimizer update over all ranks.
+"""
+
+# ruff: noqa: RUF009  (``_f`` is dataclasses.field with the valid values of the field)
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = [
+    "BackboneConfig",
+    "BoxHeadConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "DetectionModelConfig",
+    "DetectionRunConfig",
+    "DigitScenesConfig",
+    "EvaluationConfig",
+    "LeakageConfig",
+    "MaskHeadConfig",
+    "OptimizerConfig",
+    "RpnConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TASKS",
+    "TrainerConfig",
+]
+
+
+def _f(
+    default: Any,
+    *,
+    one_of: tuple[Any, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    registry: str | None = None,
+) -> Any:
+    """A field with its valid values: ``one_of`` a list, ``low <= value <= high``, ``above < value``,
+    or the names of a registry (checked where the registry lives: ``norms``)."""
+    valid = {"one_of": one_of, "low": low, "high": high, "above": above, "registry": registry}
+    metadata = {"valid": {key: value for key, value in valid.items() if value is not None}}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class DigitScenesConfig:
+    """The embedded data set: real handwritten digits composed into scenes (``name: digit_scenes``).
+
+    The defaults are the measured regime in which batch statistics leak visibly.
+    """
+
+    num_images: int = _f(1500, low=0)  # scenes in this split
+    image_size: int = _f(96, low=32)  # pixels, square
+    objects_per_image: int = _f(5, low=0)  # digits, at most one per cell of the grid
+    grid: int = _f(3, low=1)  # the image is a grid x grid of cells, a digit stays in its cell
+    digit_size: list[int] = _f([20, 28])  # pixels, smallest and largest side of an upsampled digit
+    class_sharing: float = _f(1.0, low=0.0, high=1.0)  # share of images whose digits are all of one class
+    clutter: float = _f(0.35, low=0.0)  # standard deviation of the background texture
+    mask_format: str = _f("rle", one_of=("rle", "polygon"))
+    seed: int = _f(0, low=0)  # of the scenes; the split of the digits is always the same
+
+
+@dataclass
+class DatasetConfig:
+    """One split: COCO instances on disk, or the embedded digit scenes."""
+
+    name: str = _f("coco", one_of=("coco", "digit_scenes"))
+    images: str = ""  # coco: folder of the images
+    annotations: str = ""  # coco: the instances JSON
+    digits: DigitScenesConfig = field(default_factory=DigitScenesConfig)
+
+
+@dataclass
+class DataConfig:
+    """What the model sees."""
+
+    root: str = "datasets"  # where digit_scenes are written (once) and relative COCO paths start
+    train: DatasetConfig = field(default_factory=DatasetConfig)
+    val: DatasetConfig = field(default_factory=DatasetConfig)
+    on_error: str = _f("raise", one_of=("raise", "skip"))  # broken image or annotation: stop, or skip and count
+    flip: float = _f(0.5, low=0.0, high=1.0)  # probability of a horizontal flip in training
+    min_size: list[int] = _f([800])  # pixels of the shorter side; one is drawn per image in training, the last in tests
+    max_size: int = _f(1333, low=1)  # pixels of the longer side
+    keep_empty: bool = False  # train on images without objects
+    num_workers: int = _f(2, low=0)  # loader processes per rank
+
+
+# --------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class BackboneConfig:
+    name: str = _f("resnet50_fpn", one_of=("small", "resnet18_fpn", "resnet50_fpn"))
+    norm: str = _f("BN", registry="norms")  # "none" only for the small backbone
+    norm_options: dict[str, Any] = _f({})
+    freeze_at: int = _f(0, low=0, high=5)  # ResNet: 1 = stem, 2 = stem and res2, ... 5 = all (detectron2's FREEZE_AT)
+
+
+@dataclass
+class RpnConfig:
+    """Anchors and proposals; an empty list of anchors means torchvision's own."""
+
+    anchor_sizes: list[list[int]] = _f([])  # pixels, one list per feature map
+    aspect_ratios: list[float] = _f([0.5, 1.0, 2.0])
+    pre_nms_top_n_train: int = _f(2000, low=1)
+    pre_nms_top_n_test: int = _f(1000, low=1)
+    post_nms_top_n_train: int = _f(2000, low=1)
+    post_nms_top_n_test: int = _f(1000, low=1)
+    nms_threshold: float = _f(0.7, low=0.0, high=1.0)
+
+
+@dataclass
+class BoxHeadConfig:
+    name: str = _f("2fc", one_of=("2fc", "4conv1fc"))
+    norm: str = _f("none", registry="norms")  # 4conv1fc: after each convolution
+    norm_options: dict[str, Any] = _f({})
+    num_convs: int = _f(4, low=0)  # 4conv1fc
+    conv_dim: int = _f(256, low=1)  # channels; 4conv1fc
+    fc_dim: int = _f(1024, low=1)  # features
+    roi_shuffle: str = _f("none", one_of=("none", "statistics", "features"))  # none, ShuffleBN, Shuffled
+    batch_size_per_image: int = _f(512, low=1)  # RoIs sampled per image in training
+    positive_fraction: float = _f(0.25, above=0.0, high=1.0)  # share of foreground among them, at most
+    score_threshold: float = _f(0.05, low=0.0, high=1.0)
+    nms_threshold: float = _f(0.5, low=0.0, high=1.0)
+    detections_per_image: int = _f(100, low=1)
+
+
+@dataclass
+class MaskHeadConfig:
+    enabled: bool = True  # false: Faster R-CNN
+    norm: str = _f("none", registry="norms")
+    norm_options: dict[str, Any] = _f({})
+    num_convs: int = _f(4, low=1)
+    conv_dim: int = _f(256, low=1)  # channels
+    roi_shuffle: str = _f("none", one_of=("none", "statistics", "features"))
+
+
+@dataclass
+class DetectionModelConfig:
+    """Mask R-CNN. The defaults are torchvision's ``maskrcnn_resnet50_fpn``, weight for weight."""
+
+    num_classes: int = _f(0, low=0)  # without background; 0 = as many as the training data has
+    weights: str = ""  # checkpoint to start from, or to evaluate
+    weights_parts: list[str] = _f([])  # load only these submodules (backbone, rpn, ...); [] = all
+    freeze: list[str] = _f([])  # submodules whose weights and statistics stay as loaded (backbone, rpn, ...)
+    images_per_group: int = _f(0, low=0)  # RoIs of so many images share statistics; 0 = all images of a rank
+    image_mean: list[float] = _f([0.485, 0.456, 0.406])
+    image_std: list[float] = _f([0.229, 0.224, 0.225])
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    rpn: RpnConfig = field(default_factory=RpnConfig)
+    box_head: BoxHeadConfig = field(default_factory=BoxHeadConfig)
+    mask_head: MaskHeadConfig = field(default_factory=MaskHeadConfig)
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = _f("sgd", one_of=("sgd", "adamw"))
+    lr: float = _f(0.02, above=0.0)  # at total_batch_size; never scaled behind your back
+    momentum: float = _f(0.9, low=0.0, high=1.0)  # sgd
+    weight_decay: float = _f(1e-4, low=0.0)
+    weight_decay_norm: float = _f(1e-4, low=0.0)  # of normalization layers' affine parameters
+    clip_gradients: float = _f(0.0, low=0.0)  # largest norm of the whole gradient; 0 = off
+
+
+@dataclass
+class ScheduleConfig:
+    max_steps: int = _f(90000, low=1)
+    warmup_steps: int = _f(1000, low=0)
+    warmup_factor: float = _f(0.001, low=0.0, high=1.0)  # lr of step 0, as a share of lr
+    decay: str = _f("step", one_of=("step", "cosine", "constant"))
+    milestones: list[float] = _f([2 / 3, 8 / 9])  # step: as shares of max_steps
+    gamma: float = _f(0.1, low=0.0, high=1.0)  # step: lr factor at each milestone
+    freeze_bn_at: float = _f(1.0, low=0.0, high=1.0)  # share of the run after which BN is frozen; 1 = never
+    freeze_bn_statistics: str = _f("precise", one_of=("precise", "ema"))  # what it is frozen with
+
+
+@dataclass
+class TrainerConfig:
+    total_batch_size: int = _f(16, low=1)  # images per step over all ranks
+    num_gpus: int = _f(0, low=0)  # ranks on GPUs of this machine (--num-gpus)
+    num_processes: int = _f(1, low=1)  # ranks on CPU when num_gpus is 0 (--num-processes)
+    num_threads: int = _f(0, low=0)  # CPU threads per rank; 0 = cores / ranks
+    precision: str = _f("32-true", one_of=("32-true", "bf16-mixed", "16-mixed", "64-true"))
+    checkpoint_period: int = _f(5000, low=1)  # steps
+    keep_checkpoints: int = _f(2, low=1)
+    log_period: int = _f(20, low=1)  # steps
+    eval_period: int = _f(0, low=0)  # steps; 0 = only at the end
+
+
+@dataclass
+class EvaluationConfig:
+    """The same checkpoint under several statistics; see ``docs/measures.md``."""
+
+    statistics: list[str] = _f(
+        ["population", "precise", "image", "random"], one_of=("population", "precise", "image", "random")
+    )
+    images_per_batch: int = _f(8, low=1)  # images whose RoIs meet in one head forward
+    precise_images: int = _f(320, low=1)  # training images behind the precise population statistics
+    max_images: int = _f(0, low=0)  # 0 = all
+
+
+@dataclass
+class LeakageConfig:
+    """What every run measures about who learns from whom."""
+
+    enabled: bool = True
+    max_images: int = _f(240, low=1)  # images per split for RoI accuracy
+    influence_batches: int = _f(4, low=1)
+    influence_probes: int = _f(16, low=1)  # RoIs per batch whose gradient is followed
+    seed: int = _f(0, low=0)  # of random groups and probes
+
+
+@dataclass
+class RunConfig:
+    """Keys of every task. A task adds its ``model`` (and narrows others) in a subclass."""
+
+    task: str = "detection"
+    seed: int = _f(0, low=0, high=2**32 - 1)
+    output_dir: str = "output"
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    leakage: LeakageConfig = field(default_factory=LeakageConfig)
+
+
+@dataclass
+class DetectionRunConfig(RunConfig):
+    model: DetectionModelConfig = field(default_factory=DetectionModelConfig)
+
+
+TASKS: dict[str, type[RunConfig]] = {"detection": DetectionRunConfig}

@@ -1,0 +1,132 @@
+"""The records a run leaves in its output folder, and how they are written and read.
+
+Torch-free on purpose: ``report`` reads these files without loading a training stack.
+Every write is atomic: a reader sees the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from leakfree.errors import RunError
+
+__all__ = ["RunRecord", "read_metrics", "read_record", "write_atomic", "write_record"]
+
+FORMAT = 1
+
+
+@dataclass
+class RunRecord:
+    """What ``compare`` knows of a run: the content of ``record.json``.
+
+    Metrics are plain numbers or None (= does not apply to this run, with the reason in ``notes``).
+    AP and accuracies are shares in [0, 1]; times are seconds; memory is MiB (2**20 bytes).
+    """
+
+    name: str  # of the output folder
+    task: str
+    status: str  # running | interrupted | finished
+    seed: int
+    config: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    # steps, seconds, seconds_per_step, data_seconds_per_step, peak_memory_mib
+    timing: dict[str, float | None] = field(default_factory=dict)
+    # total, per_rank, normalization: what one forward of each part of the model normalizes together
+    batch: dict[str, Any] = field(default_factory=dict)
+    # statistics ("population", "precise", "image", "random") -> metric ("bbox/AP", ...) -> value
+    results: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    # "influence" | "roi_accuracy/train" | "roi_accuracy/val" | "pairs" -> name -> value
+    leakage: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    format: int = FORMAT
+
+
+def write_atomic(path: str | os.PathLike[str], text: str | bytes) -> None:
+    """Write ``text`` to ``path`` so that a crash at any moment leaves the old file or the new one.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file is untouched and no
+            temporary file is left behind.
+    """
+    path = Path(path)
+    data = text.encode() if isinstance(text, str) else text
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a metric that is not finite is recorded as None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def write_record(folder: str | os.PathLike[str], record: RunRecord) -> Path:
+    """Write ``record.json`` into ``folder`` and return its path."""
+    path = Path(folder) / "record.json"
+    write_atomic(path, json.dumps(_plain(asdict(record)), indent=2) + "\n")
+    return path
+
+
+def read_record(folder: str | os.PathLike[str]) -> RunRecord:
+    """Read the record of a run from its output folder (or from the path of a ``record.json``).
+
+    Raises:
+        RunError: there is no record, it is not JSON, or it has another format.
+    """
+    path = Path(folder)
+    if path.is_dir() or path.suffix != ".json":
+        path = path / "record.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path.parent}: not the output folder of a run: it holds no record.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"{path}: cannot be read as a run's record: {error}") from None
+    known = {item.name for item in fields(RunRecord)}
+    missing = {"name", "task", "status", "seed", "config"} - set(raw if isinstance(raw, dict) else ())
+    if missing:
+        raise RunError(f"{path}: not a run's record: it lacks {', '.join(sorted(missing))}")
+    if raw.get("format", FORMAT) > FORMAT:
+        raise RunError(f"{path}: written by a newer leakfree (format {raw['format']}, this one reads {FORMAT})")
+    return RunRecord(**{key: value for key, value in raw.items() if key in known})
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read ``metrics.json`` (one JSON object a line, each with ``step``); a torn last line is left out.
+
+    Raises:
+        RunError: a line before the last is not JSON.
+    """
+    path = Path(folder) / "metrics.json"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number == len(lines):  # the writer was killed in the middle of a line
+                break
+            raise RunError(f"{path}:{number}: not a JSON object") from None
+    return rows
