@@ -1,0 +1,130 @@
+"""Changing the norms of a model in place."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from leakfree.errors import ConfigError
+from leakfree.norms.frozen import FrozenBatchNorm
+from leakfree.norms.partitioned import PartitionedBatchNorm
+from leakfree.norms.registry import NORMS, build_norm
+
+__all__ = ["convert_norms"]
+
+_TORCH_DIMS: dict[type, int | None] = {
+    nn.BatchNorm1d: 1,
+    nn.BatchNorm2d: 2,
+    nn.BatchNorm3d: 3,
+    nn.SyncBatchNorm: None,
+}
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    # torchvision's and detectron2's frozen norms are told by name: importing either here would be heavy.
+    return isinstance(module, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm)) or (
+        type(module).__name__ == "FrozenBatchNorm2d"
+    )
+
+
+def _source_dim(module: nn.Module, path: str) -> int | None:
+    if isinstance(module, (PartitionedBatchNorm, FrozenBatchNorm)):
+        return module.dim
+    if type(module).__name__ == "FrozenBatchNorm2d":
+        return 2
+    if type(module) in _TORCH_DIMS:
+        return _TORCH_DIMS[type(module)]
+    raise ConfigError(
+        f"{path}: cannot convert {type(module).__module__}.{type(module).__name__}: it may do more than normalize "
+        "(a fused activation, say); exclude it with `where`, or replace it by a plain BatchNorm first"
+    )
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the parameters and buffers of ``old`` (the same Parameter objects where it can)."""
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            source, target = getattr(old, name, None), getattr(new, name, None)
+            if source is None or target is None:
+                continue
+            if isinstance(source, nn.Parameter) and not isinstance(new, FrozenBatchNorm):
+                setattr(new, name, source)
+            else:
+                target.copy_(source)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            source, target = getattr(old, name, None), getattr(new, name, None)
+            if source is not None and target is not None:
+                target.copy_(source)
+    new.train(old.training)
+
+
+def convert_norms(model: nn.Module, name: str, where: str | None = None, **options: Any) -> nn.Module:
+    """Replace the batch norms of ``model`` by the norm ``name``, in place.
+
+    Converts torch's BatchNorm1d/2d/3d and SyncBatchNorm, leakfree's own, and the FrozenBatchNorm2d of
+    torchvision and detectron2. Weights, buffers, device, dtype, eps, momentum and train/eval mode are
+    kept; eval outputs do not change between batch norms of any kind. To go back, convert to "BN".
+    To a norm without buffers (GN) only weight and bias carry over.
+
+    Args:
+        where: a regular expression searched in module paths; None converts all.
+        options: passed to :func:`build_norm` for each layer.
+
+    Returns:
+        ``model``, or its replacement when the model itself is a norm.
+
+    Raises:
+        ConfigError: unknown name or option; a batch norm subclass that may do more than normalize, by
+            module path; ``where`` matches no batch norm.
+    """
+    found = [(path, module) for path, module in model.named_modules() if _is_batch_norm(module)]
+    chosen = [(path, module) for path, module in found if where is None or re.search(where, path)]
+    if where is not None and not chosen:
+        raise ConfigError(
+            f"where={where!r} matches no batch norm; there are {', '.join(p for p, _ in found) or 'none'}"
+        )
+    replaced: dict[nn.Module, nn.Module] = {}
+    for path, old in chosen:
+        dim = _source_dim(old, path or "model")
+        device, dtype = _placement(old)
+        settings = _inherited(old, name)
+        new = build_norm(name, _num_features(old), dim=dim, **{**settings, **options})  # type: ignore[arg-type]
+        new = new.to(device=device, dtype=dtype)
+        _carry_over(old, new)
+        replaced[old] = new
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child in replaced:
+                parent._modules[child_name] = replaced[child]
+    return replaced.get(model, model)
+
+
+def _num_features(module: nn.Module) -> int:
+    features = getattr(module, "num_features", None)
+    return int(features) if features is not None else int(module.get_buffer("running_mean").numel())
+
+
+def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+def _inherited(old: nn.Module, name: str) -> dict[str, Any]:
+    """Settings of ``old`` that the new norm takes as well."""
+    kept: dict[str, Any] = {"eps": old.eps}
+    target = NORMS.get(name) if name in NORMS else None
+    if isinstance(old, nn.modules.batchnorm._BatchNorm) and isinstance(target, type):
+        if issubclass(target, nn.modules.batchnorm._BatchNorm):
+            kept |= {
+                "momentum": old.momentum,
+                "affine": old.affine,
+                "track_running_stats": old.track_running_stats,
+            }
+        elif name == "GN":
+            kept["affine"] = old.affine
+    return kept

@@ -1,0 +1,50 @@
+"""FrozenBN: batch norm whose statistics are constants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FrozenBatchNorm"]
+
+
+class FrozenBatchNorm(nn.Module):
+    """``y = weight * (x - running_mean) / sqrt(running_var + eps) + bias`` in train and in eval.
+
+    Each sample is treated by itself, so nothing leaks. The statistics are buffers that nothing here
+    updates. A fresh layer is the identity (``running_var = 1 - eps``, as in detectron2).
+    State dict keys are those of ``nn.BatchNorm*d``, ``num_batches_tracked`` included.
+
+    Args:
+        num_features: C of an input (N, C, *).
+        affine_trainable: whether weight and bias receive gradients (detectron2: no).
+
+    Reference: Wu & Johnson 2021, section 4.3; detectron2 ``FrozenBatchNorm2d``.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self, num_features: int, *, dim: int | None = None, eps: float = 1e-5, affine_trainable: bool = False
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features), requires_grad=affine_trainable)
+        self.bias = nn.Parameter(torch.zeros(num_features), requires_grad=affine_trainable)
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features) - eps)
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, affine_trainable={self.weight.requires_grad}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        shape = (1, -1) + (1,) * (input.ndim - 2)
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        shift = self.bias - self.running_mean * scale
+        dtype = scale.dtype  # half precision: the map runs in float32 and only the result is rounded
+        return torch.addcmul(shift.view(shape), input.to(dtype), scale.view(shape)).to(input.dtype)

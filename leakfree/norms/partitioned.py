@@ -1,0 +1,306 @@
+"""BN, SyncBN, GhostBN, ShuffleBN, BatchStatBN: one batch norm, five answers to "who shares statistics".
+
+A subclass only answers :meth:`PartitionedBatchNorm.partition`. Everything else (normalization, running
+statistics, modes) is here once. In eval all of them are the same function of their buffers, so their
+checkpoints are interchangeable, with torch's ``nn.BatchNorm*d`` too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leakfree.distributed import Group
+from leakfree.norms.statistics import Moments, partitioned_batch_norm
+from leakfree.partition import Partition, current_scope
+from leakfree.shuffle.exchange import draw_groups
+from leakfree.shuffle.plan import GroupDraw
+
+__all__ = [
+    "BatchNorm",
+    "BatchStatBatchNorm",
+    "GhostBatchNorm",
+    "PartitionedBatchNorm",
+    "ShuffleBatchNorm",
+    "SyncBatchNorm",
+    "batch_statistics",
+]
+
+
+class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm whose statistics are shared inside the groups of a partition.
+
+    Train: each group is normalized with its own mean and biased variance; the running buffers receive
+    the pooled moments of all groups (variance unbiased, as torch's), once per forward. A forward
+    without rows (on all ranks the partition spans) leaves the buffers and their counter untouched.
+    Eval: ``running_mean`` and ``running_var``, or the batch's own with ``track_running_stats=False``.
+
+    Args:
+        num_features: C of an input (N, C, *).
+        dim: 1, 2 or 3 to check the input: (N, C) or (N, C, L), (N, C, H, W), (N, C, D, H, W);
+            None takes any.
+        eps, momentum, affine, track_running_stats: as in torch; ``momentum`` weighs the new value.
+
+    Attributes:
+        last_groups: int64 (N,), the group of each row in the last training forward; None for one group.
+        frozen: while True, training mode uses the running statistics and leaves them alone
+            (set by ``leakfree.schedules.FreezeBN``).
+
+    Raises:
+        ValueError: input of another rank or channel count than promised.
+    """
+
+    last_groups: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        dim: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        if dim not in (None, 1, 2, 3):
+            raise ValueError(f"dim must be 1, 2 or 3, got {dim!r}")
+        self.dim = dim
+        self.frozen = False
+        self.last_groups = None
+        self._measured = False  # see batch_statistics
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dim={self.dim}" + (", frozen=True" if self.frozen else "")
+
+    def partition(self, x: Tensor) -> Partition:
+        """The groups of the rows of ``x`` (N, C, *). Called once per training forward."""
+        raise NotImplementedError
+
+    @property
+    def batch_statistics_in_eval(self) -> bool:
+        return not self.track_running_stats
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        valid = {None: range(2, 6), 1: (2, 3), 2: (4,), 3: (5,)}[self.dim]
+        if input.ndim not in valid or input.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__}({self.num_features}, dim={self.dim}) expects (N, {self.num_features}, *) "
+                f"with {' or '.join(map(str, valid))} dimensions, got {tuple(input.shape)}"
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        updates = self.training and not self.frozen and not self._measured
+        if not (updates or self._measured or (self.batch_statistics_in_eval and not self.frozen)):
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        partition = _on_device(_base_partition() if self._measured else self.partition(input), input)
+        if partition.groups is not None and len(partition.groups) != len(input):
+            raise ValueError(
+                f"{type(self).__name__}: the groups cover {len(partition.groups)} rows, the input has {len(input)}"
+            )
+        if updates:
+            self.last_groups = partition.groups
+        tracked = updates and self.track_running_stats
+        if partition.groups is None and not partition.synchronized:
+            return self._forward_native(input, tracked)
+        y, moments = partitioned_batch_norm(input, partition, self.weight, self.bias, self.eps)
+        if tracked:
+            self._update_running(moments)
+        return y
+
+    def _forward_native(self, x: Tensor, tracked: bool) -> Tensor:
+        """One group on one rank: torch's fused kernel."""
+        if not len(x):  # torch's kernel takes no empty batch on every device; the graph must stay connected
+            return x * 1.0 if self.weight is None else x * _column(self.weight, x) + _column(self.bias, x)
+        if not tracked:
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps)
+
+    @torch.no_grad()
+    def _update_running(self, moments: Moments) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        count, mean, var = moments.pooled()
+        seen = count > 0  # a tensor: no device synchronization
+        self.num_batches_tracked.add_(seen.to(self.num_batches_tracked.dtype))
+        momentum = 1.0 / self.num_batches_tracked.clamp(min=1).double() if self.momentum is None else self.momentum
+        share = seen.double() * momentum
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        for buffer, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            buffer.copy_(buffer + share * (new - buffer))
+
+
+def _column(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.reshape(1, -1, *([1] * (like.ndim - 2)))
+
+
+def _base_partition() -> Partition:
+    scope = current_scope()
+    return scope.base if scope is not None and scope.base is not None else Partition()
+
+
+def _on_device(partition: Partition, x: Tensor) -> Partition:
+    if partition.groups is None or partition.groups.device == x.device:
+        return partition
+    groups = partition.groups.to(x.device, non_blocking=True)
+    return Partition(groups, partition.num_groups, partition.across_ranks, partition.process_group)
+
+
+class BatchNorm(PartitionedBatchNorm):
+    """BN: the rows of this rank share statistics; inside a scope, the rows of each of its base groups.
+
+    Outside a :func:`leakfree.partition.normalization_scope` it is torch's batch norm, bit for bit.
+    Reference: Ioffe & Szegedy 2015.
+    """
+
+    def partition(self, x: Tensor) -> Partition:
+        return _base_partition()
+
+
+class BatchStatBatchNorm(BatchNorm):
+    """BN that uses the mini-batch's statistics in eval too; eval neither reads nor writes buffers.
+
+    A diagnostic that takes train/test inconsistency out of a comparison, and a remedy for R-CNN heads
+    (Wu & Johnson 2021, section 3.3). Its predictions depend on the batch's other samples.
+    """
+
+    @property
+    def batch_statistics_in_eval(self) -> bool:
+        return True
+
+
+class SyncBatchNorm(PartitionedBatchNorm):
+    """SyncBN: all rows of all ranks share statistics, weighted by values (N*H*W), empty ranks included.
+
+    Equals BN on the concatenated batch: output, gradients and buffers (torch's ``SyncBatchNorm``
+    definition; detectron2's ``NaiveSyncBatchNorm`` weighs ranks equally instead). Runs on CPU too.
+    Every rank must run it equally often.
+    """
+
+    def __init__(
+        self, num_features: int, *, process_group: Group = None, dim: int | None = None, **options: object
+    ) -> None:
+        super().__init__(num_features, dim=dim, **options)  # type: ignore[arg-type]
+        self.process_group = process_group
+
+    def partition(self, x: Tensor) -> Partition:
+        return Partition(across_ranks=True, process_group=self.process_group)
+
+
+class GhostBatchNorm(PartitionedBatchNorm):
+    """GhostBN: consecutive chunks of about ``group_size`` rows of this rank share statistics.
+
+    N rows make max(1, N // group_size) chunks whose sizes differ by at most one, so no chunk is
+    smaller than ``group_size`` unless the batch is. Buffers receive the pooled moments of all chunks
+    (one update per forward, unlike the sequential rule of Hoffer et al. 2017).
+    """
+
+    def __init__(self, num_features: int, *, group_size: int, dim: int | None = None, **options: object) -> None:
+        super().__init__(num_features, dim=dim, **options)  # type: ignore[arg-type]
+        if group_size < 1:
+            raise ValueError(f"group_size must be at least 1 row, got {group_size}")
+        self.group_size = group_size
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group_size={self.group_size}"
+
+    def partition(self, x: Tensor) -> Partition:
+        num_groups = max(1, len(x) // self.group_size)
+        if num_groups == 1:
+            return Partition()
+        return Partition(torch.arange(len(x), device=x.device) * num_groups // len(x), num_groups)
+
+
+class ShuffleBatchNorm(PartitionedBatchNorm):
+    """ShuffleBN: balanced random groups over the rows of all ranks; no row moves.
+
+    Equals shuffle -> BN per rank -> unshuffle (MoCo, He et al. 2020, section 3.3; RoI shuffle, Wu &
+    Johnson 2021, section 6) in output, gradients and buffers, at the cost of two small all-reduces.
+    Works in one process. Layers inside one :func:`leakfree.partition.normalization_scope` share one
+    draw per forward, as if the rows had moved; outside, each layer draws for itself.
+
+    The draw is a function of ``seed`` and ``num_batches_tracked``, so a checkpoint continues it.
+
+    Args:
+        num_groups: over all ranks; by default as many as the enclosing scope's base groups, else the
+            world size, at least 2. One group has no effect and says so.
+        seed: the same on every rank; different heads should take different seeds.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        num_groups: int | None = None,
+        seed: int = 0,
+        process_group: Group = None,
+        dim: int | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__(num_features, dim=dim, **options)  # type: ignore[arg-type]
+        if num_groups is not None and num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+        if self.num_batches_tracked is None:
+            raise ValueError("ShuffleBN counts its draws in num_batches_tracked: track_running_stats must be True")
+        self.num_groups = num_groups
+        self.seed = seed
+        self.process_group = process_group
+        self._warned = False
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_groups={self.num_groups}, seed={self.seed}"
+
+    @torch.compiler.disable  # integers on the host, and a collective
+    def partition(self, x: Tensor) -> Partition:
+        scope = current_scope()
+        if scope is None:
+            draw = self._draw(len(x), None)
+        else:
+            base = scope.base.num_groups if scope.base is not None else None
+            shared = scope.share(("shuffle", self.num_groups, self.seed), lambda: self._draw(len(x), base))
+            assert isinstance(shared, GroupDraw)
+            draw = shared
+        if draw.num_groups == 1:
+            if not self._warned:
+                self._warned = True
+                warnings.warn("ShuffleBN: with a single group the shuffle has no effect", stacklevel=3)
+            return Partition(across_ranks=True, process_group=self.process_group)
+        return Partition(torch.from_numpy(draw.groups), draw.num_groups, True, self.process_group)
+
+    def _draw(self, num_rows: int, base_groups: int | None) -> GroupDraw:
+        assert self.num_batches_tracked is not None
+        index = int(self.num_batches_tracked)
+        return draw_groups(
+            num_rows, self.num_groups, seed=self.seed, index=index, base_groups=base_groups, group=self.process_group
+        )
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, every batch norm of ``model`` normalizes with the batch's own statistics, in any mode.
+
+    Groups are those of the enclosing :func:`leakfree.partition.normalization_scope` (one group
+    without), whatever the layer's own partition: the same checkpoint can be measured under per-image
+    and under random groups. Buffers are neither read nor written; frozen layers take part.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PartitionedBatchNorm)]
+    before = [layer._measured for layer in layers]
+    try:
+        for layer in layers:
+            layer._measured = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._measured = value

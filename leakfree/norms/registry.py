@@ -1,0 +1,95 @@
+"""Norms by name: the registry, and the constructor every config goes through."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from fvcore.common.registry import Registry
+from torch import nn
+
+from leakfree.errors import ConfigError, choices
+from leakfree.norms.frozen import FrozenBatchNorm
+from leakfree.norms.partitioned import (
+    BatchNorm,
+    BatchStatBatchNorm,
+    GhostBatchNorm,
+    ShuffleBatchNorm,
+    SyncBatchNorm,
+)
+
+__all__ = ["NORMS", "build_norm"]
+
+NORMS = Registry("NORMS")
+NORMS.__doc__ = """
+Norm layers by name. A registered object is called as ``obj(num_features, dim=dim, **options)`` and
+returns a module for inputs (N, num_features, *). Register your own with ``@NORMS.register()`` or
+``NORMS._do_register(name, obj)``.
+"""
+
+
+class GroupNorm(nn.GroupNorm):
+    """GN: channel groups of one sample share statistics; batch independent (Wu & He 2018).
+
+    ``num_groups`` (default 32, the paper's) must divide ``num_features``.
+    """
+
+    def __init__(
+        self, num_features: int, *, num_groups: int = 32, dim: int | None = None, eps: float = 1e-5, affine: bool = True
+    ) -> None:
+        if num_groups < 1 or num_features % num_groups:
+            divisors = [str(n) for n in range(1, num_features + 1) if num_features % n == 0]
+            raise ConfigError(
+                f"GN: num_groups={num_groups} does not divide {num_features} channels; use one of {', '.join(divisors)}"
+            )
+        super().__init__(num_groups, num_features, eps, affine)
+
+
+for _name, _norm in {
+    "BN": BatchNorm,
+    "SyncBN": SyncBatchNorm,
+    "GhostBN": GhostBatchNorm,
+    "ShuffleBN": ShuffleBatchNorm,
+    "FrozenBN": FrozenBatchNorm,
+    "BatchStatBN": BatchStatBatchNorm,
+    "GN": GroupNorm,
+}.items():
+    NORMS._do_register(_name, _norm)
+
+
+def _option_names(norm: Any) -> set[str] | None:
+    """Keyword options a registered norm takes, with those its base classes take; None = anything."""
+    names: set[str] = set()
+    for cls in norm.__mro__ if inspect.isclass(norm) else (norm,):
+        if cls is nn.modules.batchnorm._BatchNorm or cls is nn.Module or cls is object:
+            break
+        parameters = inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters.values()
+        names |= {item.name for item in parameters if item.kind is item.KEYWORD_ONLY}
+        if not any(item.kind is item.VAR_KEYWORD for item in parameters):
+            return names - {"dim"}
+    return names - {"dim"} if inspect.isclass(norm) and issubclass(norm, nn.Module) else None
+
+
+def build_norm(name: str, num_features: int, *, dim: int = 2, **options: Any) -> nn.Module:
+    """Build the norm ``name`` of :data:`NORMS` for inputs (N, num_features, *).
+
+    Args:
+        name: BN, SyncBN, GhostBN, ShuffleBN, FrozenBN, BatchStatBN, GN, or a name of yours.
+        dim: 1 for (N, C) and (N, C, L), 2 for (N, C, H, W), 3 for (N, C, D, H, W).
+        options: the norm's own, e.g. ``group_size`` (GhostBN), ``num_groups`` (ShuffleBN, GN).
+
+    Raises:
+        ConfigError: an unknown name or option (the valid ones are listed, nearest first), or a
+            required option missing.
+    """
+    if name not in NORMS:
+        raise ConfigError(f"unknown norm {name!r}; choose from {choices(name, [key for key, _ in NORMS])}")
+    norm = NORMS.get(name)
+    valid = _option_names(norm)
+    for option in options:
+        if valid is not None and option not in valid:
+            raise ConfigError(f"norm {name} has no option {option!r}; it takes {choices(option, valid) or 'none'}")
+    try:
+        return norm(num_features, dim=dim, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"norm {name} with options {options}: {error}") from error

@@ -1,0 +1,47 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from leakfree.errors import ConfigError
+from leakfree.norms import NORMS, build_norm
+
+NAMES = ["BN", "SyncBN", "GhostBN", "ShuffleBN", "FrozenBN", "BatchStatBN", "GN"]
+OPTIONS = {"GhostBN": {"group_size": 2}, "GN": {"num_groups": 3}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_every_norm_builds_in_every_dimension(name, dim):
+    x = torch.randn(4, 6, *[3] * dim)
+    norm = build_norm(name, 6, dim=dim, **OPTIONS.get(name, {}))
+    assert norm(x).shape == x.shape
+    assert norm.eval()(x).shape == x.shape
+
+
+def test_unknown_names_and_options_list_the_valid_ones_nearest_first():
+    with pytest.raises(ConfigError, match="unknown norm 'SynchBN'; choose from SyncBN"):
+        build_norm("SynchBN", 3)
+    with pytest.raises(ConfigError, match="norm GhostBN has no option 'groupsize'; it takes group_size"):
+        build_norm("GhostBN", 3, groupsize=2)
+    with pytest.raises(ConfigError, match="GhostBN.*group_size"):
+        build_norm("GhostBN", 3)
+    with pytest.raises(ConfigError, match="does not divide 6 channels; use one of 1, 2, 3, 6"):
+        build_norm("GN", 6, num_groups=4)
+
+
+def test_user_norms_register():
+    NORMS._do_register("TestNorm", lambda num_features, *, dim, gain=1.0: nn.Identity())
+    try:
+        assert isinstance(build_norm("TestNorm", 3), nn.Identity)
+    finally:
+        NORMS._obj_map.pop("TestNorm")
+
+
+def test_importing_the_norms_loads_nothing_heavier_than_torch():
+    heavy = ["torchvision", "lightning", "sklearn", "matplotlib", "omegaconf", "torchmetrics"]
+    code = f"import sys, leakfree.norms; print([name for name in {heavy} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
