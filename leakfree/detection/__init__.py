@@ -1,0 +1,35 @@
+"""Mask R-CNN on torchvision: chosen norms, heads and RoI shuffling, and its evaluation.
+
+``build_detector`` makes the model of a config; ``evaluate_detector`` gives its AP under every kind of
+statistics and the leakage numbers of its RoI heads (all a training room needs to record).
+"""
+
+from leakfree.detection.backbones import SmallBackbone, build_backbone
+from leakfree.detection.groups import RoiGroups
+from leakfree.detection.measure import DetectorEvaluation, average_precision, evaluate_detector, precise_forward
+from leakfree.detection.model import (
+    build_detector,
+    describe_batch,
+    has_batch_statistics,
+    load_weights,
+    roi_groups,
+    statistics_mode,
+    training_targets,
+)
+
+__all__ = [
+    "DetectorEvaluation",
+    "RoiGroups",
+    "SmallBackbone",
+    "average_precision",
+    "build_backbone",
+    "build_detector",
+    "describe_batch",
+    "evaluate_detector",
+    "has_batch_statistics",
+    "load_weights",
+    "precise_forward",
+    "roi_groups",
+    "statistics_mode",
+    "training_targets",
+]

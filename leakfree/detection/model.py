@@ -1,0 +1,295 @@
+"""Mask R-CNN from a config: torchvision's model with chosen norms, heads and RoI shuffling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, RPNHead, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
+
+from leakfree.config.schema import BoxHeadConfig, DetectionModelConfig, DetectionRunConfig, MaskHeadConfig
+from leakfree.detection.backbones import build_backbone, norm_layer
+from leakfree.detection.groups import RoiGroups
+from leakfree.errors import CheckpointError, ConfigError, choices
+from leakfree.norms import PartitionedBatchNorm, batch_statistics
+from leakfree.shuffle import Shuffled
+
+__all__ = [
+    "build_detector",
+    "describe_batch",
+    "has_batch_statistics",
+    "load_weights",
+    "roi_groups",
+    "statistics_mode",
+    "training_targets",
+]
+
+_BOX_SEED, _MASK_SEED = 0, 1  # heads draw their groups apart
+
+
+def build_detector(config: DetectionRunConfig, num_classes: int) -> FasterRCNN:
+    """Build the detector of ``config.model`` for ``num_classes`` classes (background not counted).
+
+    With the schema's defaults it is ``torchvision.models.detection.maskrcnn_resnet50_fpn``, with the
+    same parameter names and, from the same random state, the same weights. In training the images
+    must come resized from the loader; in eval the model resizes and maps its results back.
+    Checkpoints are not loaded here: see :func:`load_weights`.
+
+    Raises:
+        ConfigError: a norm, option or submodule name that does not exist, or freezing random weights.
+    """
+    model = config.model
+    _check_freezing(model)
+    backbone: Any = build_backbone(model.backbone)
+    names = list(getattr(backbone, "feature_names", ["0", "1", "2", "3"]))
+    channels: int = backbone.out_channels
+    parts: dict[str, Any] = {"box_roi_pool": MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)}
+    if model.mask_head.enabled:  # before the box head, as torchvision builds them: same draws of weights
+        mask = model.mask_head
+        parts["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
+        parts["mask_head"] = _mask_head(mask, channels, config.seed)
+        parts["mask_predictor"] = MaskRCNNPredictor(mask.conv_dim, mask.conv_dim, num_classes + 1)
+    parts["rpn_anchor_generator"] = anchors = _anchors(model, names)
+    parts["rpn_head"] = RPNHead(channels, anchors.num_anchors_per_location()[0])
+    parts["box_head"] = _box_head(model.box_head, channels, config.seed)
+    parts["box_predictor"] = FastRCNNPredictor(model.box_head.fc_dim, num_classes + 1)
+    detector = (MaskRCNN if model.mask_head.enabled else FasterRCNN)(
+        backbone,
+        min_size=tuple(config.data.min_size),
+        max_size=config.data.max_size,
+        _skip_resize=True,
+        **_settings(model),
+        **parts,
+    )
+    heads = detector.roi_heads
+    groups = [RoiGroups(heads.box_roi_pool, heads.box_head, model.images_per_group)]
+    if model.mask_head.enabled:
+        groups.append(RoiGroups(heads.mask_roi_pool, heads.mask_head, model.images_per_group))
+    heads.groups = groups
+    heads.register_forward_hook(_zero_loss_without_rois)
+    for part in model.freeze:
+        _freeze(_submodule(detector, part, "model.freeze"))
+    return detector
+
+
+def roi_groups(model: Any) -> list[RoiGroups]:
+    """The groupings of the box head and (if there is one) the mask head."""
+    return list(model.roi_heads.groups)
+
+
+def _check_freezing(model: DetectionModelConfig) -> None:
+    key = "model.freeze" if model.freeze else "model.backbone.freeze_at" if model.backbone.freeze_at else ""
+    if key and not model.weights:
+        raise ConfigError(f"{key}: freezing random weights trains nothing useful; set model.weights to a checkpoint")
+
+
+def _anchors(model: DetectionModelConfig, names: list[str]) -> AnchorGenerator:
+    num_maps = len(names) + (1 if len(names) > 1 else 0)  # an FPN adds a pooled map
+    sizes = model.rpn.anchor_sizes or [[size] for size in (32, 64, 128, 256, 512)[:num_maps]]
+    if len(sizes) != num_maps:
+        raise ConfigError(
+            f"model.rpn.anchor_sizes: {len(sizes)} lists for the {num_maps} feature maps of "
+            f"backbone {model.backbone.name}; give one list of sizes per map"
+        )
+    return AnchorGenerator(tuple(map(tuple, sizes)), (tuple(model.rpn.aspect_ratios),) * num_maps)
+
+
+def _settings(model: DetectionModelConfig) -> dict[str, Any]:
+    box, rpn = model.box_head, model.rpn
+    return {
+        "image_mean": list(model.image_mean),
+        "image_std": list(model.image_std),
+        "rpn_pre_nms_top_n_train": rpn.pre_nms_top_n_train,
+        "rpn_pre_nms_top_n_test": rpn.pre_nms_top_n_test,
+        "rpn_post_nms_top_n_train": rpn.post_nms_top_n_train,
+        "rpn_post_nms_top_n_test": rpn.post_nms_top_n_test,
+        "rpn_nms_thresh": rpn.nms_threshold,
+        "box_batch_size_per_image": box.batch_size_per_image,
+        "box_positive_fraction": box.positive_fraction,
+        "box_score_thresh": box.score_threshold,
+        "box_nms_thresh": box.nms_threshold,
+        "box_detections_per_img": box.detections_per_image,
+    }
+
+
+def _head_norm(config: BoxHeadConfig | MaskHeadConfig, key: str, seed: int) -> tuple[str, dict[str, Any]]:
+    """The norm and options of a head, with ``roi_shuffle: statistics`` turned into ShuffleBN."""
+    name, options = config.norm, dict(config.norm_options)
+    if config.roi_shuffle == "statistics":
+        if name not in ("BN", "ShuffleBN"):
+            raise ConfigError(
+                f"model.{key}.roi_shuffle: 'statistics' shuffles batch norms; model.{key}.norm is {name!r}, not BN"
+            )
+        name = "ShuffleBN"
+    if name == "ShuffleBN":
+        options.setdefault("seed", seed)
+    return name, options
+
+
+def _shuffled(head: nn.Module, config: BoxHeadConfig | MaskHeadConfig, seed: int) -> nn.Module:
+    return Shuffled(head, seed=seed) if config.roi_shuffle == "features" else head
+
+
+def _box_head(config: BoxHeadConfig, channels: int, seed: int) -> nn.Module:
+    seed = 2 * seed + _BOX_SEED
+    if config.name == "2fc":
+        return _shuffled(TwoMLPHead(channels * 7 * 7, config.fc_dim), config, seed)
+    name, options = _head_norm(config, "box_head", seed)
+    head = FastRCNNConvFCHead(
+        (channels, 7, 7), [config.conv_dim] * config.num_convs, [config.fc_dim], norm_layer(name, options)
+    )
+    return _shuffled(head, config, seed)
+
+
+def _mask_head(config: MaskHeadConfig, channels: int, seed: int) -> nn.Module:
+    seed = 2 * seed + _MASK_SEED
+    name, options = _head_norm(config, "mask_head", seed)
+    head = MaskRCNNHeads(channels, [config.conv_dim] * config.num_convs, 1, norm_layer(name, options))
+    return _shuffled(head, config, seed)
+
+
+def _submodule(model: nn.Module, path: str, key: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        valid = [name for name, _ in model.named_modules() if name and name.count(".") < 2]
+        raise ConfigError(f"{key}: the model has no part {path!r}; choose from {choices(path, valid)}") from None
+
+
+def _freeze(part: nn.Module) -> None:
+    for parameter in part.parameters():
+        parameter.requires_grad_(False)
+    for module in part.modules():
+        if isinstance(module, PartitionedBatchNorm):
+            module.frozen = True
+
+
+def _zero_loss_without_rois(heads: Any, inputs: Any, output: Any) -> Any:
+    """Without a single RoI torchvision's mean losses are 0/0; such a rank adds nothing, and stays in the graph."""
+    detections, losses = output
+    if heads.training and not sum(heads.groups[0].rows_per_image):
+        losses = {name: torch.nan_to_num(loss, nan=0.0) for name, loss in losses.items()}
+    return detections, losses
+
+
+def training_targets(targets: Iterable[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    """Targets for the losses: crowd regions left out (torchvision would train on them as objects)."""
+    kept: list[dict[str, Tensor]] = []
+    for target in targets:
+        keep = target["iscrowd"] == 0
+        kept.append({key: value[keep] for key, value in target.items() if key in ("boxes", "labels", "masks")})
+    return kept
+
+
+def has_batch_statistics(model: Any) -> bool:
+    """Whether a RoI head normalizes with batch statistics, at least until frozen by a schedule."""
+    return any(isinstance(module, PartitionedBatchNorm) for module in model.roi_heads.modules())
+
+
+@contextmanager
+def statistics_mode(model: Any, mode: str, *, seed: int = 0) -> Iterator[None]:
+    """Evaluate the RoI heads under one kind of statistics; the same weights otherwise.
+
+    Args:
+        mode: "population" or "precise" (the stored buffers, whatever filled them), "image"
+            (mini-batch statistics of the images a training group holds, at least one), "random" (of
+            as many random groups over the rank's images), "all" (of all of them).
+        seed: of the random groups.
+    """
+    groups = roi_groups(model)
+    if mode in ("population", "precise"):
+        yield
+        return
+    before = [item.grouping for item in groups]
+    try:
+        for item in groups:
+            item.measure(mode, seed)  # type: ignore[arg-type]
+        with batch_statistics(model.roi_heads):
+            yield
+    finally:
+        for item, grouping in zip(groups, before, strict=True):
+            item.measure(grouping, seed)
+
+
+def describe_batch(config: DetectionRunConfig, world_size: int) -> dict[str, Any]:
+    """The three batch sizes: total and per rank in images, and what each part normalizes together."""
+    total = config.trainer.total_batch_size
+    per_rank = total // world_size
+    model = config.model
+    images = model.images_per_group or per_rank
+
+    def head(part: BoxHeadConfig | MaskHeadConfig) -> str:
+        if part.norm == "SyncBN":
+            return f"{total} images"
+        if part.norm == "ShuffleBN" or part.roi_shuffle != "none":
+            num_groups = part.norm_options.get("num_groups") or (
+                total // images if model.images_per_group else max(2, world_size)
+            )
+            return f"RoIs dealt at random into {num_groups} groups over {total} images"
+        if part.norm in ("BN", "BatchStatBN"):
+            return f"{images} image{'s' if images > 1 else ''}"
+        return {"GhostBN": f"{part.norm_options.get('group_size')} RoIs"}.get(part.norm, "each RoI alone")
+
+    normalization = {"box head": head(model.box_head)}
+    if model.mask_head.enabled:
+        normalization["mask head"] = head(model.mask_head)
+    return {"total": total, "per_rank": per_rank, "normalization": normalization}
+
+
+def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None:
+    """Load a checkpoint's weights into ``model``: all of them, or only the submodules ``parts``.
+
+    Takes a state dict, or a training checkpoint that holds one under "state_dict" or "model".
+    Read with ``weights_only=True``: nothing in the file can run.
+
+    Raises:
+        CheckpointError: no such file, a damaged file, or weights of another model: the first names that
+            are missing, left over, or of another shape are listed, and nothing is loaded.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"model.weights: no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"model.weights: {path} cannot be read as a checkpoint: {str(error).splitlines()[0]}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"model.weights: {path} holds no state dict of tensors")
+    state = {name.removeprefix("model."): value for name, value in state.items()}
+    own = model.state_dict()
+    parts = list(parts)
+    for part in parts:
+        _submodule(model, part, "model.weights_parts")
+
+    def wanted(name: str) -> bool:
+        return not parts or any(name == part or name.startswith(part + ".") for part in parts)
+
+    state = {name: value for name, value in state.items() if wanted(name)}
+    expected = {name: value for name, value in own.items() if wanted(name)}
+    missing = [name for name in expected if name not in state]
+    extra = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    faults = [
+        f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
+        for what, names in (("lacks", missing), ("has left over", extra), ("differs in shape:", shapes))
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"model.weights: {path} is a checkpoint of another model: it {'; it '.join(faults)}")
+    model.load_state_dict({**own, **state})
