@@ -114,7 +114,7 @@ def average_precision(
             sizes = [tuple(image.shape[-2:]) for image in images]
             resized, features, proposals = _proposals(model, _to_model(images, model))
             for mode, metric in metrics.items():
-                with statistics_mode(model, mode, seed=_batch_seed(seed, targets)):
+                with statistics_mode(model, mode, seed=_image_seed(seed, int(targets[0]["image_id"]))):
                     detections, _ = model.roi_heads(features, [p.clone() for p in proposals], resized.image_sizes)
                 detections = model.transform.postprocess(detections, resized.image_sizes, sizes)
                 metric.update([{key: value.cpu() for key, value in item.items()} for item in detections], targets)
@@ -143,23 +143,27 @@ class _Rois:
 
 
 def _sample_rois(model: Detector, images: Images, targets: Targets, seed: int) -> _Rois:
+    """Each image draws from its own seed, so its RoIs depend on nothing else in the batch."""
+    ids = [int(target["image_id"]) for target in targets]
     images = _to_model(images, model)
-    wanted = [
-        {key: value.to(images[0].device) for key, value in target.items()} for target in training_targets(targets)
-    ]
+    wanted = [_to_device(target, images[0].device) for target in training_targets(targets)]
     heads, rpn = model.roi_heads, model.rpn
+    resized, resized_targets = model.transform(images, wanted)
+    features = model.backbone(resized.tensors)
+    sampled, labels = [], []
     with torch.random.fork_rng(devices=_devices(images[0])):
-        torch.manual_seed(seed)
-        resized, resized_targets = model.transform(images, wanted)
-        features = model.backbone(resized.tensors)
-        rpn.training = True  # the attribute alone: proposals in training numbers
+        rpn.training = True  # the attribute alone: proposals in training numbers (its losses draw anchors)
         try:
             proposals, _ = rpn(resized, features, resized_targets)
         finally:
             rpn.training = False
-        proposals, _, labels, _ = heads.select_training_samples(proposals, resized_targets)
-    pooled = heads.box_roi_pool(features, proposals, resized.image_sizes)
-    return _Rois(pooled, torch.cat(labels), [len(boxes) for boxes in proposals])
+        for image_id, boxes, target in zip(ids, proposals, resized_targets, strict=True):
+            torch.manual_seed(_image_seed(seed, image_id))
+            (chosen,), _, (classes,), _ = heads.select_training_samples([boxes], [target])
+            sampled.append(chosen)
+            labels.append(classes)
+    pooled = heads.box_roi_pool(features, sampled, resized.image_sizes)
+    return _Rois(pooled, torch.cat(labels), [len(boxes) for boxes in sampled])
 
 
 def _hits(model: Detector, features: Tensor, labels: Tensor) -> Tensor:
@@ -179,10 +183,10 @@ def _roi_accuracies(
         with _evaluating(model):
             loader = _leakage_loader(config, datasets[split])
             for images, targets in track(loader, f"RoI accuracy on {split} under {', '.join(modes)} statistics"):
-                seed = _batch_seed(config.leakage.seed, targets)
-                rois = _sample_rois(model, images, targets, seed)
+                rois = _sample_rois(model, images, targets, config.leakage.seed)
                 for mode in modes:
-                    with statistics_mode(model, mode, seed=seed):
+                    draw = _image_seed(config.leakage.seed, int(targets[0]["image_id"]))
+                    with statistics_mode(model, mode, seed=draw):
                         counts[mode] += _hits(model, rois.features, rois.labels)
         accuracies[f"roi_accuracy/{split}"] = {mode: _ratio(_summed(count, model)) for mode, count in counts.items()}
     return accuracies
@@ -204,7 +208,7 @@ def _pairs(
     groups = roi_groups(model)[0]
     with _evaluating(model), statistics_mode(model, "all"):
         for images, targets in track(_leakage_loader(config, dataset), "same-class and random pairs"):
-            rois = _sample_rois(model, images, targets, _batch_seed(config.leakage.seed, targets))
+            rois = _sample_rois(model, images, targets, config.leakage.seed)
             rows = zip(rois.features.split(rois.rows_per_image), rois.labels.split(rois.rows_per_image), strict=True)
             for (features, labels), target in zip(rows, targets, strict=True):
                 if not len(target["labels"]):
@@ -230,7 +234,7 @@ def _influence(
     shares = []
     for images, targets in track(_training_batches(config, dataset, config.leakage.influence_batches), "influence"):
         with _evaluating(model):
-            rois = _sample_rois(model, images, targets, _batch_seed(config.leakage.seed, targets))
+            rois = _sample_rois(model, images, targets, config.leakage.seed)
         owners = torch.arange(len(images)) + get_rank() * images_per_rank
         with _head_training(model.roi_heads.box_head):
             result = cross_sample_influence(
@@ -349,9 +353,13 @@ def _devices(tensor: Tensor) -> list[torch.device]:
     return [tensor.device] if tensor.is_cuda else []
 
 
-def _batch_seed(seed: int, targets: Targets) -> int:
-    """Depends on the images alone: the same on any number of ranks."""
-    return (seed * 1_000_003 + int(targets[0]["image_id"]) * 8_191 + 1) % (2**62)
+def _image_seed(seed: int, image_id: int) -> int:
+    """Depends on the image alone: the same on any number of ranks."""
+    return (seed * 1_000_003 + image_id * 8_191 + 1) % (2**62)
+
+
+def _to_device(target: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {key: value.to(device) for key, value in target.items()}
 
 
 def _summed(count: Tensor, model: Detector) -> Tensor:
