@@ -6,7 +6,8 @@ statistics and the leakage numbers of its RoI heads (all a training room needs t
 
 from leakfree.detection.backbones import SmallBackbone, build_backbone
 from leakfree.detection.groups import RoiGroups
-from leakfree.detection.measure import DetectorEvaluation, average_precision, evaluate_detector, precise_forward
+from leakfree.detection.inference import precise_forward, sample_rois
+from leakfree.detection.measure import DetectorEvaluation, average_precision, evaluate_detector
 from leakfree.detection.model import (
     build_detector,
     describe_batch,
@@ -30,6 +31,7 @@ __all__ = [
     "load_weights",
     "precise_forward",
     "roi_groups",
+    "sample_rois",
     "statistics_mode",
     "training_targets",
 ]

@@ -66,7 +66,8 @@ def test_results_do_not_depend_on_the_number_of_ranks(make_config):
 def test_a_batch_independent_head_is_certified_and_has_one_answer(make_config):
     evaluation = _evaluate(0, 1, make_config("GN", norm_options={"num_groups": 4}))
     assert evaluation.leakage["influence"] == {"within_image": 0.0, "between_images": 0.0, "total": 0.0}
-    assert evaluation.results["image"] == evaluation.results["precise"] == {}
+    assert evaluation.results["image"] == evaluation.results["random"] == {}
+    assert evaluation.results["precise"] == evaluation.results["population"]
     assert evaluation.leakage["pairs"] == {"same_class": None, "random_pair": None}
     assert "no batch statistics" in evaluation.notes[0]
 

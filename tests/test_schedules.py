@@ -1,0 +1,254 @@
+"""The schedules: learning-rate factors by hand, and batch norms that freeze and stay frozen."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from leakfree.errors import CheckpointError, ConfigError, LeakfreeError
+from leakfree.norms import convert_norms
+from leakfree.population import precise_bn
+from leakfree.schedules import FreezeBN, freeze_step, lr_factor
+
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def small_model(norm: str = "torch") -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(6, 4), nn.BatchNorm1d(4),
+    )  # fmt: skip
+    if norm != "torch":
+        convert_norms(model, norm, **({"group_size": 4} if norm == "GhostBN" else {}))
+    return model.double()
+
+
+def batch(step: int, rows: int = 8) -> torch.Tensor:
+    return torch.randn(rows, 3, 6, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64) * 2 + 1
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    model.train()
+    optimizer.zero_grad(set_to_none=False)  # a gradient left at zero would still be decayed
+    model(batch(step)).square().mul(torch.arange(1.0, 5.0)).mean().backward()
+    optimizer.step()
+
+
+def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items() if key.rsplit(".")[-1] in BUFFERS}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+# --- learning rate
+
+
+def test_warm_up_is_a_line_from_the_factor_to_one():
+    factors = [lr_factor(s, max_steps=100, warmup_steps=4, warmup_factor=0.2, decay="constant") for s in range(6)]
+    assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0], abs=1e-15)
+    assert lr_factor(0, max_steps=10, warmup_steps=0, warmup_factor=0.001, decay="constant") == 1.0
+
+
+def test_step_decay_multiplies_gamma_at_each_milestone():
+    def at(step):
+        return lr_factor(step, max_steps=90000, warmup_steps=1000, decay="step", milestones=[2 / 3, 8 / 9], gamma=0.1)
+
+    assert at(59999) == 1.0
+    assert at(60000) == pytest.approx(0.1, rel=1e-15)
+    assert at(79999) == pytest.approx(0.1, rel=1e-15)
+    assert at(80000) == pytest.approx(0.01, rel=1e-14)
+
+
+def test_cosine_decay_is_half_at_half_time_and_multiplies_the_warm_up():
+    def cosine(step, **options):
+        return lr_factor(step, max_steps=200, decay="cosine", **options)
+
+    assert cosine(100) == pytest.approx(0.5)
+    assert cosine(200) == pytest.approx(0.0, abs=1e-15)
+    assert cosine(250) == pytest.approx(0.0, abs=1e-15)  # steps past the end do not come up again
+    assert cosine(10, warmup_steps=20, warmup_factor=0.0) == pytest.approx(0.25 * (1 + math.cos(math.pi / 20)))
+
+
+def test_unknown_decay_names_the_choices():
+    with pytest.raises(ConfigError, match="'cosin'; choose from cosine, constant, step"):
+        lr_factor(0, max_steps=10, decay="cosin")
+
+
+# --- when to freeze
+
+
+@pytest.mark.parametrize(
+    ("at", "max_steps", "step"),
+    [
+        *[(0.75, 400, 300), (0.75, 10, 8), (0.1, 30, 3), (0.0, 10, 0), (1.0, 10, None)],
+        *[(7, 10, 7), (1, 10, 1), (0, 10, 0), (10, 10, None)],
+    ],
+)
+def test_freeze_step_takes_shares_and_steps(at, max_steps, step):
+    assert freeze_step(at, max_steps) == step
+
+
+@pytest.mark.parametrize("at", [1.5, -0.1, -3, True, "0.5", None])
+def test_impossible_freeze_points_are_refused_at_construction(at):
+    with pytest.raises(ConfigError, match="freeze at"):
+        FreezeBN(at=at)
+
+
+# --- freezing
+
+
+@pytest.mark.parametrize("norm", ["torch", "BN", "GhostBN", "SyncBN", "ShuffleBN"])
+@pytest.mark.filterwarnings("ignore:ShuffleBN")
+def test_frozen_statistics_survive_100_train_calls_and_forwards(norm):
+    model = small_model(norm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(3):
+        train_step(model, optimizer, step)
+    assert FreezeBN(at=3).step(model, 3, 10)
+    before = statistics(model)
+    for step in range(100):
+        train_step(model, optimizer, step)
+    assert same(statistics(model), before)
+    x = batch(500)
+    model.train()
+    trained = model(x)
+    torch.testing.assert_close(trained, model.eval()(x), rtol=0, atol=0)
+    torch.testing.assert_close(trained[:1], model.train()(x[:1]), rtol=1e-12, atol=1e-12)  # no sample sees another
+
+
+def test_a_compiled_model_freezes_too():
+    for norm in ("torch", "BN"):
+        model = small_model(norm)
+        compiled = torch.compile(model, backend="eager")
+        compiled(batch(0))
+        FreezeBN(at=1).step(model, 1, 10)
+        before = statistics(model)
+        for step in range(3):
+            compiled.train()
+            compiled(batch(step))
+        assert same(statistics(model), before)
+
+
+def test_before_the_freeze_point_nothing_changes_and_after_it_nothing_happens_twice():
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    freeze, calls = FreezeBN(at=0.5), []
+    froze = []
+    for step in range(6):
+        froze.append(freeze.step(model, step, 6, before=calls.append))
+        train_step(model, optimizer, step)
+    assert froze == [False, False, False, True, False, False]
+    assert calls == [model]
+    assert freeze.frozen_at == 3
+    assert [len(model[position]._forward_pre_hooks) for position in (1, 6)] == [1, 1]
+    assert int(model[1].num_batches_tracked) == 3
+
+
+def test_a_share_of_one_never_freezes():
+    model, freeze = small_model(), FreezeBN(at=1.0)
+    assert not any(freeze.step(model, step, 5) for step in range(6))
+
+
+@pytest.mark.parametrize("norm", ["torch", "BN"])
+def test_statistics_still_at_their_initial_values_are_refused(norm):
+    model, freeze = small_model(norm), FreezeBN(at=0)
+    with pytest.raises(LeakfreeError, match=r"statistics of 1 \(and 1 more\) are still at their initial"):
+        freeze.step(model, 0, 10)
+    assert not freeze.frozen
+    model.train()(batch(0))  # nothing was frozen: the statistics move
+    assert int(model[1].num_batches_tracked) == 1
+
+
+def test_precise_statistics_just_before_the_freeze_are_what_is_frozen():
+    model = small_model("BN")
+    data = [batch(s) for s in range(4)]
+    reference = copy.deepcopy(model)
+    precise_bn(reference, data)
+    FreezeBN(at=0).step(model, 0, 10, before=lambda m: precise_bn(m, data))
+    assert same(statistics(model), statistics(reference))
+
+
+def test_where_chooses_layers_and_must_match():
+    model = small_model()
+    model.train()(batch(0))
+    FreezeBN(at=0, where="^1$").step(model, 1, 10)
+    before = statistics(model)
+    model.train()(batch(1))
+    after = statistics(model)
+    assert torch.equal(before["1.running_mean"], after["1.running_mean"])
+    assert not torch.equal(before["6.running_mean"], after["6.running_mean"])
+    with pytest.raises(LeakfreeError, match="no batch norm whose path matches 'head'"):
+        FreezeBN(at=0, where="head").step(model, 1, 10)
+
+
+def test_layers_without_running_statistics_are_named():
+    model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.raises(LeakfreeError, match="0 keeps no running statistics"):
+        FreezeBN(at=0).step(model, 1, 10)
+
+
+def test_affine_is_trained_unless_asked_otherwise():
+    for trainable in (True, False):
+        model = small_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        train_step(model, optimizer, 0)
+        FreezeBN(at=1, affine_trainable=trainable).step(model, 1, 10)
+        weight = model[1].weight.detach().clone()
+        train_step(model, optimizer, 1)
+        assert torch.equal(weight, model[1].weight) is not trainable
+
+
+# --- resuming
+
+
+def run(steps, resume_at=None, norm="torch", at=0.5):
+    """Train ``steps`` steps; with ``resume_at``, throw everything away there but a checkpoint."""
+    data = [batch(s) for s in range(90, 93)]
+
+    def fresh():
+        model = small_model(norm)
+        return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), FreezeBN(at=at)
+
+    model, optimizer, freeze = fresh()
+    for step in range(steps):
+        if step == resume_at:
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), freeze.state_dict()))
+            model, optimizer, freeze = fresh()
+            for item, state in zip((model, optimizer, freeze), saved, strict=True):
+                item.load_state_dict(state)
+        freeze.step(model, step, steps, before=lambda m: precise_bn(m, data))
+        train_step(model, optimizer, step)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("norm", ["torch", "BN"])
+@pytest.mark.parametrize("resume_at", [2, 4, 5, 7])
+def test_resuming_across_the_switch_equals_the_uninterrupted_run(norm, resume_at):
+    assert same_state(run(8, norm=norm), run(8, resume_at, norm))
+
+
+def same_state(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_frozen_state_is_plain_and_survives_safe_loading(tmp_path):
+    model, freeze = small_model(), FreezeBN(at=1)
+    model.train()(batch(0))
+    freeze.step(model, 1, 4)
+    torch.save(freeze.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state == {"frozen_at": 1, "layers": ["1", "6"]}
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+    freeze = FreezeBN(at=1)
+    freeze.load_state_dict({"frozen_at": 1, "layers": ["head.norm"]})
+    with pytest.raises(CheckpointError, match=r"head\.norm"):
+        freeze.step(small_model(), 2, 4)
