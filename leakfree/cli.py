@@ -1,0 +1,249 @@
+"""The ``leakfree`` command: reads the command line and calls one public function.
+
+torch and Lightning are imported only by the commands that need them, so that ``--help`` and ``compare`` start at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from leakfree import __version__
+from leakfree.config import RunConfig, load_config
+from leakfree.errors import LeakfreeError, choices
+
+__all__ = ["UsageError", "main"]
+
+_EXAMPLES = {
+    "train": """examples:
+  leakfree train --config-file configs/detection/digits/pretrain.yaml --num-processes 2
+  leakfree train --config-file configs/detection/coco/mask_rcnn_R50_FPN_1x.yaml --num-gpus 8 seed=1
+  leakfree train --config-file output/digits/pretrain/config.yaml --resume""",
+    "evaluate": """examples:
+  leakfree evaluate --config-file output/digits/BNhead_leaky/config.yaml
+  leakfree evaluate --config-file output/digits/BNhead_leaky/config.yaml evaluation.statistics=[precise]""",
+    "compare": """examples:
+  leakfree compare output/digits/BNhead_leaky output/digits/SyncBNhead
+  leakfree compare output/digits/* -o report.html""",
+    "env": """examples:
+  leakfree env""",
+}
+
+
+class UsageError(LeakfreeError):
+    """A command line that cannot be read: an unknown command or flag, or a flag without its value."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: the command line after the program's name; by default this process's own.
+
+    Returns:
+        0 done, 2 the user's mistake (one line on stderr), 130 interrupted from the keyboard.
+        A failure of ours keeps its traceback, and Python exits with 1.
+    """
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except LeakfreeError as error:
+        print("leakfree: error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("leakfree: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    parsers = _parsers()
+    name, rest = _split_command(argv, parsers)
+    if name is None:
+        return _run_without_command(rest, parsers)
+    parser = parsers[name]
+    try:
+        args, unknown = parser.parse_known_intermixed_args(rest)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise UsageError(f"leakfree {name}: unknown argument {unknown[0]!r}; flags: {choices(unknown[0], flags)}")
+    return _COMMANDS[name](args)
+
+
+def _split_command(argv: list[str], parsers: dict[str, _Parser]) -> tuple[str | None, list[str]]:
+    """Take the command's name out of the line: its first word that is a command, and no flag's value."""
+    with_value = {
+        flag
+        for parser in parsers.values()
+        for action in parser._actions
+        if action.nargs is None
+        for flag in action.option_strings
+    }
+    words = [
+        index
+        for index, word in enumerate(argv)
+        if not word.startswith("-") and "=" not in word and not (index and argv[index - 1] in with_value)
+    ]
+    for index in words:
+        if argv[index] in parsers:
+            return argv[index], argv[:index] + argv[index + 1 :]
+    if words:
+        word = argv[words[0]]
+        raise UsageError(f"unknown command {word!r}; valid: {choices(word, parsers)}")
+    return None, argv
+
+
+def _run_without_command(argv: list[str], parsers: dict[str, _Parser]) -> int:
+    if argv and argv[0] == "--version":
+        print(f"leakfree {__version__}")
+        return 0
+    if argv and not {"-h", "--help"} & set(argv):
+        raise UsageError(f"no command given; valid: {', '.join(parsers)}")
+    lines = [f"  {name:<10}{parser.description}" for name, parser in parsers.items()]
+    print(
+        "usage: leakfree COMMAND ...\n\nMeasure, remove and compare the leakage of batch statistics.\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\n'leakfree COMMAND --help' explains one. Flags and key.path=value may stand anywhere on the line.\n"
+        + "\n".join(["", "examples:", *(_EXAMPLES[name].splitlines()[1] for name in parsers)]),
+        file=sys.stdout if argv else sys.stderr,
+    )
+    return 0 if argv else 2
+
+
+# ------------------------------------------------------------------------------------- parsers
+
+
+def _parsers() -> dict[str, _Parser]:
+    def add(name: str, description: str) -> _Parser:
+        parsers[name] = _Parser(
+            prog=f"leakfree {name}",
+            description=description,
+            epilog=_EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        return parsers[name]
+
+    parsers: dict[str, _Parser] = {}
+    train = add("train", "Train, evaluate and measure the run of a config.")
+    _add_config_flags(train)
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    train.add_argument("--eval-only", action="store_true", help="the same as 'leakfree evaluate'")
+    _add_config_flags(add("evaluate", "Evaluate a trained model under the statistics the config names."))
+    compare = add("compare", "Put runs side by side: leakage, accuracy, time, memory, settings.")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
+    compare.add_argument("-o", "--output", metavar="FILE", help="also write a self-contained HTML report")
+    compare.add_argument("--title", metavar="TEXT", help="heading of the report")
+    compare.add_argument("--baseline", metavar="RUN", help="the run that differences refer to")
+    add("env", "Print versions and hardware, for a bug report.")
+    return parsers
+
+
+def _add_config_flags(parser: _Parser) -> None:
+    parser.add_argument("--config-file", metavar="FILE", help="the run's YAML file (required)")
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on GPUs: trainer.num_gpus=N")
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="ranks on CPU: trainer.num_processes=N trainer.num_gpus=0",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="override a key of the config; the last one wins"
+    )
+
+
+# ------------------------------------------------------------------------------------ commands
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    if not args.config_file:
+        raise UsageError("--config-file FILE is required, like --config-file configs/detection/coco/...yaml")
+    if args.num_gpus is not None and args.num_processes is not None:
+        raise UsageError("--num-gpus and --num-processes exclude each other: ranks are on GPUs or on CPU")
+    flags = []
+    if args.num_gpus is not None:
+        flags = [f"trainer.num_gpus={args.num_gpus}"]
+    if args.num_processes is not None:
+        flags = [f"trainer.num_processes={args.num_processes}", "trainer.num_gpus=0"]
+    return load_config(args.config_file, [*flags, *args.overrides])
+
+
+def _train(args: argparse.Namespace) -> int:
+    if args.eval_only and args.resume:
+        raise UsageError("--eval-only and --resume exclude each other: --resume is for training that goes on")
+    if args.eval_only:
+        return _evaluate(args)
+    config = _config(args)
+    from leakfree.training import train
+
+    train(config, resume=args.resume)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from leakfree.training import evaluate
+
+    evaluate(config)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from leakfree.report import compare
+
+    compare(args.runs, args.output, args.title, args.baseline)
+    return 0
+
+
+def _env(args: argparse.Namespace) -> int:
+    rows = [("leakfree", __version__), ("python", platform.python_version())]
+    names = ["torch", "torchvision", "lightning", "torchmetrics", "faster-coco-eval", "omegaconf", "numpy"]
+    rows += [(name, _version(name)) for name in names]
+    rows += [("system", platform.platform()), ("CPUs", str(os.cpu_count())), *_accelerators()]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _accelerators() -> list[tuple[str, str]]:
+    try:
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError) as error:  # a broken install is what `env` is asked about
+        return [("torch import", f"fails: {error}")]
+    rows = [("torch for CUDA", str(torch.version.cuda or "no: built for CPU"))]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        rows.append((f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"))
+    return rows if len(rows) > 1 else [*rows, ("GPU", "none")]
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "env": _env,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""What several keys of a config must satisfy together; each key alone is checked in :mod:`leakfree.config.check`.
+
+A rule reads the whole config and yields (key, what is wrong). Add a rule by appending it to ``RULES``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+from leakfree.config.check import Origin
+from leakfree.config.schema import BoxHeadConfig, DetectionRunConfig, MaskHeadConfig, RunConfig
+from leakfree.errors import ConfigError
+
+__all__ = ["RULES", "check_rules"]
+
+Problems = Iterator[tuple[str, str]]
+
+_BATCH_NORMS = ("BN", "ShuffleBN")  # the norms whose statistics can be shared by random groups
+
+
+def check_rules(config: RunConfig, origin: Origin) -> None:
+    """Raise on the first rule that ``config`` breaks; log a warning for a setting that has no effect.
+
+    Raises:
+        ConfigError: the message names the key and where it was given.
+    """
+    for rule in RULES:
+        for key, problem in rule(config):
+            raise ConfigError(f"{origin(key)}: {key}: {problem}")
+    for key, problem in _settings_without_effect(config):
+        logging.getLogger("leakfree.config").warning("leakfree: warning: %s: %s: %s", origin(key), key, problem)
+
+
+def _datasets_are_complete(config: RunConfig) -> Problems:
+    for split in ("train", "val"):
+        dataset = getattr(config.data, split)
+        for name in ("images", "annotations"):
+            if dataset.name == "coco" and not getattr(dataset, name):
+                what = "the folder of the images" if name == "images" else "the instances JSON file"
+                yield (
+                    f"data.{split}.{name}",
+                    f"is empty: data.{split}.name=coco needs {what} (names: coco, digit_scenes)",
+                )
+
+
+def _digits_fit_their_scene(config: RunConfig) -> Problems:
+    for split in ("train", "val"):
+        dataset = getattr(config.data, split)
+        if dataset.name != "digit_scenes":
+            continue
+        key, digits = f"data.{split}.digits", dataset.digits
+        cell = digits.image_size // digits.grid
+        if len(digits.digit_size) != 2 or not 1 <= digits.digit_size[0] <= digits.digit_size[-1]:
+            yield f"{key}.digit_size", f"must be [smallest, largest] side in pixels, got {digits.digit_size}"
+        elif digits.digit_size[1] > cell:
+            yield (
+                f"{key}.digit_size",
+                f"a digit of {digits.digit_size[1]} pixels does not fit its cell: image_size // grid = "
+                f"{digits.image_size} // {digits.grid} = {cell} pixels",
+            )
+        if digits.objects_per_image > digits.grid**2:
+            yield (
+                f"{key}.objects_per_image",
+                f"at most one digit per cell: {digits.grid} x {digits.grid} = {digits.grid**2}, "
+                f"got {digits.objects_per_image}",
+            )
+
+
+def _image_sizes_are_positive(config: RunConfig) -> Problems:
+    if not config.data.min_size:
+        yield "data.min_size", "is empty: needs at least one size in pixels, like [800]"
+    elif min(config.data.min_size) < 1:
+        yield "data.min_size", f"sizes are pixels, at least 1, got {config.data.min_size}"
+
+
+def _batch_is_shared_evenly(config: RunConfig) -> Problems:
+    trainer = config.trainer
+    key, ranks = ("num_gpus", trainer.num_gpus) if trainer.num_gpus else ("num_processes", trainer.num_processes)
+    total = trainer.total_batch_size
+    if total % ranks:
+        near = sorted({max(total // ranks, 1) * ranks, (total // ranks + 1) * ranks})
+        yield (
+            "trainer.total_batch_size",
+            f"{total} images cannot be shared evenly by {ranks} ranks (trainer.{key}); nearest that can: "
+            + ", ".join(map(str, near)),
+        )
+    if trainer.precision == "16-mixed" and not trainer.num_gpus:
+        yield "trainer.precision", "16-mixed needs GPUs (trainer.num_gpus); valid on CPU: bf16-mixed, 32-true, 64-true"
+
+
+def _milestones_increase(config: RunConfig) -> Problems:
+    marks = config.schedule.milestones
+    if any(not 0 < mark <= 1 for mark in marks) or marks != sorted(set(marks)):
+        yield "schedule.milestones", f"must be increasing shares of max_steps, above 0 and at most 1, got {marks}"
+
+
+def _output_is_named(config: RunConfig) -> Problems:
+    if not config.output_dir.strip():
+        yield "output_dir", "is empty: name the folder the run writes to"
+
+
+def _pixels_are_normalized(config: RunConfig) -> Problems:
+    if not isinstance(config, DetectionRunConfig):
+        return
+    for name in ("image_mean", "image_std"):
+        values = getattr(config.model, name)
+        if len(values) != 3:
+            yield f"model.{name}", f"needs 3 numbers (red, green, blue), got {values}"
+    if min(config.model.image_std) <= 0:
+        yield "model.image_std", f"must be above 0, got {config.model.image_std}"
+
+
+def _anchors_are_positive(config: RunConfig) -> Problems:
+    if not isinstance(config, DetectionRunConfig):
+        return
+    rpn = config.model.rpn
+    if any(not level or min(level) < 1 for level in rpn.anchor_sizes):
+        yield "model.rpn.anchor_sizes", f"needs a list of sizes in pixels for each feature map, got {rpn.anchor_sizes}"
+    if not rpn.aspect_ratios or min(rpn.aspect_ratios) <= 0:
+        yield "model.rpn.aspect_ratios", f"needs ratios above 0 (height / width), got {rpn.aspect_ratios}"
+
+
+def _norms_have_a_place(config: RunConfig) -> Problems:
+    if not isinstance(config, DetectionRunConfig):
+        return
+    backbone, box_head = config.model.backbone, config.model.box_head
+    if backbone.norm == "none" and backbone.name != "small":
+        yield "model.backbone.norm", f"none is only for model.backbone.name=small, and the backbone is {backbone.name}"
+    if box_head.name == "2fc" and box_head.norm != "none":
+        yield (
+            "model.box_head.norm",
+            f"{box_head.norm} needs convolutions, and a 2fc head has none; use model.box_head.name=4conv1fc, or none",
+        )
+
+
+def _statistics_can_be_shuffled(config: RunConfig) -> Problems:
+    for key, head in _heads(config):
+        if head.roi_shuffle == "statistics" and head.norm not in _BATCH_NORMS:
+            yield (
+                f"{key}.roi_shuffle",
+                f"statistics needs a batch norm in the head, and {key}.norm is {head.norm}; "
+                f"valid: norm {' or '.join(_BATCH_NORMS)}, or roi_shuffle none",
+            )
+
+
+def _settings_without_effect(config: RunConfig) -> Problems:
+    for key, head in _heads(config):
+        if head.roi_shuffle == "features" and head.norm == "none":
+            yield f"{key}.roi_shuffle", "features has no effect: no norm in the head, so no RoI sees another"
+
+
+def _heads(config: RunConfig) -> list[tuple[str, BoxHeadConfig | MaskHeadConfig]]:
+    if not isinstance(config, DetectionRunConfig):
+        return []
+    heads: list[tuple[str, BoxHeadConfig | MaskHeadConfig]] = [("model.box_head", config.model.box_head)]
+    if config.model.mask_head.enabled:
+        heads.append(("model.mask_head", config.model.mask_head))
+    return heads
+
+
+RULES: list[Callable[[RunConfig], Problems]] = [
+    _datasets_are_complete,
+    _digits_fit_their_scene,
+    _image_sizes_are_positive,
+    _batch_is_shared_evenly,
+    _milestones_increase,
+    _output_is_named,
+    _pixels_are_normalized,
+    _anchors_are_positive,
+    _norms_have_a_place,
+    _statistics_can_be_shuffled,
+]

@@ -1,0 +1,94 @@
+"""What several keys must satisfy together."""
+
+import logging
+
+import pytest
+
+from leakfree.config.overrides import parse_override
+from leakfree.config.rules import check_rules
+from leakfree.config.schema import DetectionRunConfig
+from leakfree.errors import ConfigError
+
+
+def config_with(*overrides: str) -> DetectionRunConfig:
+    config = DetectionRunConfig()
+    config.data.train.name = config.data.val.name = "digit_scenes"
+    for text in overrides:
+        key, value = parse_override(text, DetectionRunConfig)
+        *sections, leaf = key.split(".")
+        target = config
+        for name in sections:
+            target = getattr(target, name)
+        setattr(target, leaf, value)
+    return config
+
+
+def check(*overrides: str) -> None:
+    check_rules(config_with(*overrides), lambda key: "a.yaml:7")
+
+
+CONV = "model.box_head.name=4conv1fc"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "words"),
+    [
+        (["data.train.name=coco"], "data.train.images", ["is empty", "coco"]),
+        (["data.val.name=coco", "data.val.images=x"], "data.val.annotations", ["is empty", "JSON"]),
+        (["data.train.digits.digit_size=[28, 20]"], "data.train.digits.digit_size", ["[smallest", "[28, 20]"]),
+        (["data.train.digits.digit_size=[28]"], "data.train.digits.digit_size", ["[smallest, largest]"]),
+        (["data.train.digits.digit_size=[0, 20]"], "data.train.digits.digit_size", ["[smallest, largest]"]),
+        (["data.train.digits.digit_size=[20, 33]"], "data.train.digits.digit_size", ["33", "96 // 3 = 32"]),
+        (["data.val.digits.objects_per_image=10"], "data.val.digits.objects_per_image", ["3 x 3 = 9", "10"]),
+        (["data.min_size=[]"], "data.min_size", ["is empty"]),
+        (["data.min_size=[640, 0]"], "data.min_size", ["at least 1"]),
+        (["trainer.num_processes=3"], "trainer.total_batch_size", ["16", "3 ranks", "num_processes", "15, 18"]),
+        (["trainer.num_gpus=32"], "trainer.total_batch_size", ["16", "32 ranks", "num_gpus", "32"]),
+        (["trainer.precision=16-mixed"], "trainer.precision", ["GPUs", "bf16-mixed"]),
+        (["schedule.milestones=[0.9, 0.6]"], "schedule.milestones", ["increasing"]),
+        (["schedule.milestones=[1.5]"], "schedule.milestones", ["at most 1"]),
+        (["output_dir= "], "output_dir", ["is empty"]),
+        (["model.image_mean=[0.5]"], "model.image_mean", ["3 numbers"]),
+        (["model.image_std=[]"], "model.image_std", ["3 numbers"]),
+        (["model.image_std=[1.0, 1.0, 0.0]"], "model.image_std", ["above 0"]),
+        (["model.rpn.anchor_sizes=[[8], []]"], "model.rpn.anchor_sizes", ["each feature map"]),
+        (["model.rpn.aspect_ratios=[]"], "model.rpn.aspect_ratios", ["above 0"]),
+        (["model.backbone.norm=none"], "model.backbone.norm", ["small", "resnet50_fpn"]),
+        (["model.box_head.norm=BN"], "model.box_head.norm", ["2fc", "4conv1fc"]),
+        ([CONV, "model.box_head.roi_shuffle=statistics"], "model.box_head.roi_shuffle", ["none", "BN or ShuffleBN"]),
+        (["model.mask_head.roi_shuffle=statistics", "model.mask_head.norm=GN"], "model.mask_head.roi_shuffle", ["GN"]),
+    ],
+)
+def test_a_broken_rule_is_one_line_with_place_and_key(overrides, key, words):
+    with pytest.raises(ConfigError) as caught:
+        check(*overrides)
+    message = str(caught.value)
+    assert message.startswith(f"a.yaml:7: {key}: ")
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["data.train.name=coco", "data.train.images=x", "data.train.annotations=y"],
+        ["data.train.digits.digit_size=[20, 32]", "data.train.digits.objects_per_image=9"],
+        ["trainer.num_processes=3", "trainer.num_gpus=4"],  # with GPUs, num_processes does not count
+        ["trainer.precision=16-mixed", "trainer.num_gpus=4"],
+        ["model.backbone.norm=none", "model.backbone.name=small"],
+        [CONV, "model.box_head.norm=BN", "model.box_head.roi_shuffle=statistics"],
+        [CONV, "model.box_head.norm=ShuffleBN", "model.box_head.roi_shuffle=statistics"],
+        [CONV, "model.box_head.norm=BN", "model.box_head.roi_shuffle=features"],
+        ["model.mask_head.roi_shuffle=statistics", "model.mask_head.enabled=false"],
+    ],
+)
+def test_what_keeps_the_rules_passes_without_a_word(overrides, caplog):
+    check(*overrides)
+    assert caplog.text == ""
+
+
+def test_shuffling_a_head_without_norm_is_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        check("model.box_head.roi_shuffle=features")
+    assert "model.box_head.roi_shuffle: features has no effect" in caplog.text
