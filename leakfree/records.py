@@ -106,7 +106,7 @@ def read_record(folder: str | os.PathLike[str]) -> RunRecord:
     missing = {"name", "task", "status", "seed", "config"} - set(raw if isinstance(raw, dict) else ())
     if missing:
         raise RunError(f"{path}: not a run's record: it lacks {', '.join(sorted(missing))}")
-    if raw.get("format", FORMAT) > FORMAT:
+    if not isinstance(raw.get("format", FORMAT), int) or raw.get("format", FORMAT) > FORMAT:
         raise RunError(f"{path}: written by a newer leakfree (format {raw['format']}, this one reads {FORMAT})")
     return RunRecord(**{key: value for key, value in raw.items() if key in known})
 

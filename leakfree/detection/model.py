@@ -18,6 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from leakfree.config.schema import BoxHeadConfig, DetectionModelConfig, DetectionRunConfig, MaskHeadConfig
 from leakfree.detection.backbones import build_backbone, norm_layer
 from leakfree.detection.groups import RoiGroups
+from leakfree.detection.roi_heads import GroupedRoIHeads
 from leakfree.errors import CheckpointError, ConfigError, choices
 from leakfree.norms import PartitionedBatchNorm, batch_statistics
 from leakfree.shuffle import Shuffled
@@ -69,12 +70,7 @@ def build_detector(config: DetectionRunConfig, num_classes: int) -> FasterRCNN:
         **_settings(model),
         **parts,
     )
-    heads = detector.roi_heads
-    groups = [RoiGroups(heads.box_roi_pool, heads.box_head, model.images_per_group)]
-    if model.mask_head.enabled:
-        groups.append(RoiGroups(heads.mask_roi_pool, heads.mask_head, model.images_per_group))
-    heads.groups = groups
-    heads.register_forward_hook(_zero_loss_without_rois)
+    GroupedRoIHeads.adopt(detector.roi_heads, model.images_per_group)
     for part in model.freeze:
         _freeze(_submodule(detector, part, "model.freeze"))
     return detector
@@ -170,14 +166,6 @@ def _freeze(part: nn.Module) -> None:
     for module in part.modules():
         if isinstance(module, PartitionedBatchNorm):
             module.frozen = True
-
-
-def _zero_loss_without_rois(heads: Any, inputs: Any, output: Any) -> Any:
-    """Without a single RoI torchvision's mean losses are 0/0; such a rank adds nothing, and stays in the graph."""
-    detections, losses = output
-    if heads.training and not sum(heads.groups[0].rows_per_image):
-        losses = {name: torch.nan_to_num(loss, nan=0.0) for name, loss in losses.items()}
-    return detections, losses
 
 
 def training_targets(targets: Iterable[dict[str, Any]]) -> list[dict[str, Tensor]]:

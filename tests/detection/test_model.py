@@ -198,6 +198,19 @@ def test_images_without_objects_and_without_rois_give_finite_losses(make_config,
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
 
 
+def test_training_accuracy_counts_foreground_rois_of_the_last_forward(make_config):
+    model = copy.deepcopy(_build(make_config()).train())  # hooks must follow a copy
+    heads = model.roi_heads
+    assert heads.training_accuracy() is None
+    images, targets = next(iter(_batches(make_config(), 1)))
+    model(images, training_targets(targets))
+    labels = torch.cat(heads._labels)
+    right = ((heads._logits.argmax(1) == labels) & (labels > 0)).sum() / (labels > 0).sum()
+    assert heads.training_accuracy() == right
+    heads._logits = torch.nn.functional.one_hot(labels, 11).float()
+    assert heads.training_accuracy() == 1.0
+
+
 def test_statistics_modes_change_only_what_heads_normalize_with(make_config):
     model = _build(make_config("BN")).train()
     config = make_config("BN")

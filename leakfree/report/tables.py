@@ -1,0 +1,306 @@
+"""The tables of a report as plain rows of text: the page and the console both print these.
+
+No markup here: a cell is its text, its range over seeds, and what it has to be marked with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from leakfree.report.measures import (
+    COST,
+    HEADLINE,
+    LEAK,
+    Group,
+    Measure,
+    format_range,
+    format_value,
+    gap,
+    is_visible_leak,
+)
+from leakfree.report.runs import NOT_A_DIFFERENCE, Run, Variant, flatten
+
+__all__ = [
+    "Cell", "Differences", "Row", "Table", "best_variants", "config_differences", "cost_table", "describe",
+    "environment_rows", "footnotes", "headline_table", "leak_table", "metric_table", "recorded_metrics", "select",
+    "shown",
+]  # fmt: skip
+
+
+_WITHOUT_GROUPS = ("no norm", "GN", "LN", "IN", "PN", "FrozenBN")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of one variant; ``text`` is "n.a." where there is none, and ``reason`` says why."""
+
+    measure: str
+    text: str
+    value: float | None = None
+    range: str = ""  # lowest and highest over seeds
+    partial: str = ""  # "2 of 3 seeds" where some have no value
+    delta: str = ""  # difference from the baseline
+    reason: str = ""  # why there is no number
+    footnote: int = 0  # number of the footnote that says more; 0 = none
+    is_best: bool = False
+    is_leak: bool = False
+    stands_in: bool = False  # stored statistics stand in for precise population statistics
+
+
+@dataclass(frozen=True)
+class Row:
+    variant: Variant
+    index: int  # of the variant in the report: its colour and marker
+    cells: list[Cell]
+    texts: list[str] = field(default_factory=list)  # columns that hold words
+
+
+@dataclass(frozen=True)
+class Table:
+    groups: list[Group]  # only groups and columns with a number in some row
+    rows: list[Row]
+    text_heads: list[str] = field(default_factory=list)
+
+    @property
+    def starts(self) -> set[int]:
+        """The positions at which a group begins."""
+        sizes = [len(group.measures) for group in self.groups]
+        return {sum(sizes[:position]) for position in range(len(sizes))}
+
+    @property
+    def measures(self) -> list[Measure]:
+        return [measure for group in self.groups for measure in group.measures]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The keys in which configs differ; ``cells`` holds one (text, equals the reference) per variant."""
+
+    reference: int
+    rows: list[tuple[str, list[tuple[str, bool]]]]
+    num_equal: int
+
+
+def headline_table(variants: Sequence[Variant], baseline: Variant | None = None) -> Table:
+    """AP under each kind of statistics, gaps, influence and cost: the table to look at first."""
+    return select(HEADLINE, variants, baseline)
+
+
+def leak_table(variants: Sequence[Variant]) -> Table:
+    """RoI accuracy under each kind of statistics, pairs of images, influence."""
+    return select(LEAK, variants)
+
+
+def cost_table(variants: Sequence[Variant]) -> Table:
+    """Time, memory, and what one forward of each part of the model normalizes together."""
+    parts = list(dict.fromkeys(part for item in variants for part in _normalization(item)))
+    heads = ["images per step", "per rank", *(f"normalized together: {part}" for part in parts)]
+
+    def texts(variant: Variant) -> list[str]:
+        batch = variant.runs[0].record.batch
+        normalized = [_normalization(variant).get(part) for part in parts]
+        return [shown(item) for item in (batch.get("total"), batch.get("per_rank"), *normalized)]
+
+    rows = [texts(variant) for variant in variants]
+    kept = [column for column in range(len(heads)) if any(row[column] != shown(None) for row in rows)]
+    table = select(COST, variants)
+    return Table(
+        table.groups,
+        [
+            Row(row.variant, row.index, row.cells, [words[column] for column in kept])
+            for row, words in zip(table.rows, rows, strict=True)
+        ],
+        [heads[column] for column in kept],
+    )
+
+
+def metric_table(variants: Sequence[Variant]) -> list[tuple[Variant, int, list[tuple[str, list[Cell]]]]]:
+    """Every recorded result: per variant (with its index) and kind of statistics, one cell per metric."""
+    metrics, notes = recorded_metrics(variants), footnotes(variants)
+    order = ["image", "random", "precise", "population"]
+    table = []
+    for index, variant in enumerate(variants):
+        modes = dict.fromkeys(mode for run in variant.runs for mode in run.record.results)
+        rows = []
+        for mode in sorted(modes, key=lambda mode: (order.index(mode) if mode in order else len(order), mode)):
+            measures = [Measure(f"{name}.{mode}", name, _reader(mode, name), _metric_style(name)) for name in metrics]
+            cells = [_cell(measure, variant, notes) for measure in measures]
+            if any(cell.value is not None for cell in cells):
+                rows.append((mode, cells))
+        if rows:
+            table.append((variant, index, rows))
+    return table
+
+
+def recorded_metrics(variants: Sequence[Variant]) -> list[str]:
+    """The names of all metrics with a value, box before mask before the rest, in the order recorded."""
+    names = dict.fromkeys(
+        metric
+        for variant in variants
+        for run in variant.runs
+        for values in run.record.results.values()
+        for metric, value in values.items()
+        if value is not None
+    )
+    return sorted(names, key=lambda name: (not name.startswith("bbox/"), not name.startswith("segm/")))
+
+
+def _reader(mode: str, metric: str) -> Any:
+    return lambda record: record.results.get(mode, {}).get(metric)
+
+
+def _metric_style(metric: str) -> str:
+    return "percent" if metric.startswith(("bbox/AP", "segm/AP", "bbox/AR", "segm/AR")) else "share"
+
+
+def footnotes(variants: Sequence[Variant]) -> list[list[str]]:
+    """The notes of the runs, one entry per distinct list of notes, numbered from 1 in this order."""
+    entries: list[list[str]] = []
+    for variant in variants:
+        if variant.notes and variant.notes not in entries:
+            entries.append(variant.notes)
+    return entries
+
+
+def best_variants(measure: Measure, variants: Sequence[Variant]) -> list[Variant]:
+    """The variant with the best mean, and those whose range over seeds overlaps its range.
+
+    Only finished variants compete; with one value each, equal numbers as shown share the mark. A mark that all
+    would share says nothing and is left out.
+    """
+    found = [(variant, measure.of(variant)) for variant in variants if variant.finished]
+    known = [(variant, spread) for variant, spread in found if spread is not None]
+    if not measure.better or len(known) < 2:
+        return []
+    pick = max if measure.better == "high" else min
+    _, best = pick(known, key=lambda item: item[1].mean)
+    best_text = format_value(best.mean, measure.style)
+    marked = [
+        variant
+        for variant, spread in known
+        if format_value(spread.mean, measure.style) == best_text
+        or (min(spread.count, best.count) > 1 and spread.low <= best.high and spread.high >= best.low)
+    ]
+    return marked if len(marked) < len(known) else []
+
+
+def config_differences(variants: Sequence[Variant], reference: Variant) -> Differences:
+    """The config keys in which the variants differ; seed and output folder are left out."""
+    flats = [{k: v for k, v in flatten(item.config).items() if k not in NOT_A_DIFFERENCE} for item in variants]
+    position = next(index for index, item in enumerate(variants) if item is reference)
+    keys = list(dict.fromkeys(key for flat in flats for key in flat))
+    rows = []
+    for key in keys:
+        texts = [shown(flat[key]) if key in flat else "–" for flat in flats]
+        if len(set(texts)) > 1:
+            rows.append((key, [(text, text == texts[position]) for text in texts]))
+    return Differences(position, rows, len(keys) - len(rows))
+
+
+def environment_rows(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """Per key of the environment, its distinct values with the paths of the runs that had them.
+
+    A key with one value for all runs has one entry, with an empty list of runs.
+    """
+    flats = [flatten(run.record.environment) for run in runs]
+    rows = []
+    for key in dict.fromkeys(key for flat in flats for key in flat):
+        holders: dict[str, list[str]] = {}
+        for run, flat in zip(runs, flats, strict=True):
+            holders.setdefault(shown(flat.get(key)), []).append(run.path)
+        same = len(holders) == 1
+        rows.append((key, [(value, [] if same else paths) for value, paths in holders.items()]))
+    return rows
+
+
+def describe(variant: Variant) -> str:
+    """What normalizes the box head, in a few words, from the config; empty for other tasks."""
+    flat = flatten(variant.config)
+    if "model.box_head.norm" not in flat:
+        return ""
+    words = [str(flat["model.box_head.norm"]).replace("none", "no norm")]
+    shuffle = flat.get("model.box_head.roi_shuffle", "none")
+    words += [f"shuffled {shuffle}"] if shuffle != "none" else []
+    images = flat.get("model.images_per_group")
+    if isinstance(images, int) and images > 0 and words[0] not in _WITHOUT_GROUPS:
+        words.append(f"{images} image{'s' * (images > 1)} per group")
+    freeze = flat.get("schedule.freeze_bn_at")
+    if isinstance(freeze, (int, float)) and freeze < 1:
+        words.append(f"frozen at {100 * freeze:.0f} %")
+    return ", ".join(words)
+
+
+def shown(value: Any) -> str:
+    """A config or environment value as text: strings bare, the rest as JSON; None is a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value or '""'
+    return json.dumps(value)
+
+
+def _normalization(variant: Variant) -> dict[str, Any]:
+    parts = variant.runs[0].record.batch.get("normalization")
+    return parts if isinstance(parts, dict) else {}
+
+
+def select(groups: Sequence[Group], variants: Sequence[Variant], baseline: Variant | None = None) -> Table:
+    """Rows of cells for the columns in which some variant has a number."""
+    kept = []
+    for group in groups:
+        measures = tuple(item for item in group.measures if any(item.of(variant) for variant in variants))
+        if measures:
+            kept.append(Group(group.head, measures))
+    notes = footnotes(variants)
+    best = {measure.key: best_variants(measure, variants) for group in kept for measure in group.measures}
+    rows = [
+        Row(
+            variant,
+            index,
+            [
+                _cell(measure, variant, notes, best[measure.key], baseline)
+                for group in kept
+                for measure in group.measures
+            ],
+        )
+        for index, variant in enumerate(variants)
+    ]
+    return Table(kept, rows)
+
+
+def _cell(
+    measure: Measure,
+    variant: Variant,
+    notes: list[list[str]],
+    best: Sequence[Variant] = (),
+    baseline: Variant | None = None,
+) -> Cell:
+    spread = measure.of(variant)
+    if spread is None:
+        reason = "; ".join(variant.notes)
+        if not variant.finished:
+            reason = f"The run did not finish. {reason}".strip()
+        footnote = notes.index(variant.notes) + 1 if variant.notes else 0
+        return Cell(measure.key, "n.a.", reason=reason or "Not recorded by this run.", footnote=footnote)
+    return Cell(
+        measure.key,
+        format_value(spread.mean, measure.style),
+        spread.mean,
+        range=format_range(spread, measure.style),
+        partial=f"{spread.count} of {len(variant.runs)} runs" if spread.count < len(variant.runs) else "",
+        delta=_delta(measure, spread.mean, variant, baseline),
+        is_best=any(variant is item for item in best),
+        is_leak=measure.key == gap("precise").key and is_visible_leak(variant),
+        stands_in=measure.stands_in is not None and any(measure.stands_in(run.record) for run in variant.runs),
+    )
+
+
+def _delta(measure: Measure, value: float, variant: Variant, baseline: Variant | None) -> str:
+    """The difference of the means from the baseline, for shares of which more is better."""
+    reference = None if baseline is None or baseline is variant else measure.of(baseline)
+    if reference is None or measure.style != "percent" or measure.better != "high":
+        return ""
+    return format_value(value - reference.mean, "points")
