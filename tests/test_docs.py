@@ -1,0 +1,42 @@
+"""README and docs: links lead somewhere, Python recipes run, commands name files and keys that exist."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from leakfree.config import load_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "projects").rglob("*.md"))]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not re.match(r"https?:", target):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+
+
+@pytest.mark.parametrize(
+    "recipe", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda code: code.splitlines()[1]
+)
+def test_python_recipes_run(recipe, tmp_path):
+    (tmp_path / "recipe.py").write_text(recipe)
+    runpy.run_path(str(tmp_path / "recipe.py"))
+
+
+@pytest.mark.parametrize("line", re.findall(r"^leakfree train (.*)$", README.replace("\\\n", " "), re.MULTILINE))
+def test_training_commands_name_configs_and_keys_that_exist(line):
+    words = line.split()
+    overrides = [word for word in words if "=" in word]
+    load_config(str(ROOT / words[words.index("--config-file") + 1]), overrides)
+
+
+def test_the_two_commands_are_shown_and_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for name in ("demo", "test"):
+        assert f"make {name}" in README
+        assert re.search(rf"^{name}:", makefile, re.MULTILINE)
