@@ -50,12 +50,11 @@ class GroupedRoIHeads(RoIHeads):
             losses = {name: torch.nan_to_num(loss, nan=0.0) for name, loss in losses.items()}
         return detections, losses
 
-    def training_accuracy(self) -> Tensor | None:
-        """Share of foreground RoIs of the last training forward that were classified right; None without any."""
-        if self._logits is None:
-            return None
+    def training_accuracy(self) -> Tensor:
+        """Share of foreground RoIs of the last training forward that were classified right; 0 without any."""
+        if self._logits is None or not len(self._logits):
+            return torch.zeros(())
         labels = torch.cat(self._labels)
         foreground = labels > 0
-        if not len(labels) or not bool(foreground.any()):
-            return None
-        return (self._logits.argmax(1) == labels)[foreground].float().mean()
+        right = (self._logits.argmax(1) == labels) & foreground
+        return right.sum() / foreground.sum().clamp(min=1)

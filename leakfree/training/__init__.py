@@ -1,0 +1,9 @@
+"""Training and evaluation of a config, on one process or many.
+
+Importing this loads neither torch nor Lightning; the ranks do.
+"""
+
+from leakfree.training.ranks import RankError
+from leakfree.training.run import evaluate, train
+
+__all__ = ["RankError", "evaluate", "train"]

@@ -1,0 +1,83 @@
+"""Buffers that differ between ranks: pooled for whoever reads the weights, kept apart for an exact resume.
+
+Under local batch norm every rank keeps its own running averages. Training never mixes them, so neither
+checkpoints nor evaluations during training change what comes after.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from leakfree.distributed import all_gather_ints, all_gather_objects, is_distributed
+
+__all__ = ["differing_buffers", "load_buffers", "pool_statistics", "pooled_statistics"]
+
+
+@torch.no_grad()
+def pool_statistics(model: nn.Module) -> None:
+    """Give every rank the mean of all ranks' ``running_mean`` and ``running_var``, in place.
+
+    The ranks weigh alike, but those whose layer never saw a sample (counter 0) do not count. This is
+    the moving average over steps *and* ranks: averages of averages, so that the order of pooling and
+    updating does not matter. The variance is the mean variance inside a normalization batch, as torch's
+    moving average over steps is; the spread of the ranks' means is not added. Counters become the
+    largest. One collective; every rank calls it.
+    """
+    layers: list[Any] = [item for item in model.modules() if isinstance(getattr(item, "running_mean", None), Tensor)]
+    if not layers or not is_distributed():
+        return
+    parts = []
+    for layer in layers:
+        mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        seen = torch.ones((), device=mean.device) if counter is None else counter > 0
+        weight = seen.to(torch.float64).reshape(1)
+        parts += [mean.double() * weight, var.double() * weight, weight]
+    flat = torch.cat(parts)
+    dist.all_reduce(flat)
+    pooled = iter(flat.split([len(part) for part in parts]))
+    for layer in layers:
+        mean, var, weight = next(pooled), next(pooled), next(pooled)
+        if weight > 0:
+            layer.running_mean.copy_(mean / weight)
+            layer.running_var.copy_(var / weight)
+    counters = [layer.num_batches_tracked for layer in layers if isinstance(layer.num_batches_tracked, Tensor)]
+    if counters:
+        largest = torch.stack([counter.reshape(()) for counter in counters])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        for counter, value in zip(counters, largest, strict=True):
+            counter.copy_(value)
+
+
+@contextmanager
+def pooled_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norms hold the pooled statistics; afterwards each rank has its own again."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        pool_statistics(model)
+        yield
+    finally:
+        load_buffers(model, before)
+
+
+def differing_buffers(model: nn.Module) -> list[dict[str, Tensor]]:
+    """For each rank, its buffers that are not the same on all ranks; every rank calls it and gets all."""
+    buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in model.named_buffers()}
+    sums = [zlib.crc32(buffer.reshape(-1).view(torch.uint8).numpy().tobytes()) for buffer in buffers.values()]
+    everyone = all_gather_ints(sums) if sums else [[]]
+    differ = [name for name, *values in zip(buffers, *everyone, strict=True) if len(set(values)) > 1]
+    return all_gather_objects({name: buffers[name].clone() for name in differ})
+
+
+@torch.no_grad()
+def load_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Copy ``values`` into the buffers of these names, in place."""
+    buffers = dict(model.named_buffers())
+    for name, value in values.items():
+        buffers[name].copy_(value)

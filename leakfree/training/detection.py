@@ -1,0 +1,124 @@
+"""Detection as a training task: Mask R-CNN on COCO instances."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from leakfree.config.schema import DetectionRunConfig
+from leakfree.data import CocoInstances, build_dataset, build_eval_loader, build_train_loader
+from leakfree.detection import (
+    average_precision,
+    build_detector,
+    describe_batch,
+    evaluate_detector,
+    load_weights,
+    precise_forward,
+    training_targets,
+)
+from leakfree.detection.inference import random_numbers_kept
+from leakfree.distributed import barrier, get_rank, get_world_size
+from leakfree.errors import ConfigError, DataError
+from leakfree.population import precise_bn
+from leakfree.training.tasks import Evaluation, Track
+
+__all__ = ["DetectionTask"]
+
+_STATISTICS_SEED = 2**31 - 2  # batches like those of training, but not the same
+
+
+class DetectionTask:
+    """The detector of a config with its data; see :class:`leakfree.training.tasks.Task`."""
+
+    def __init__(self, config: DetectionRunConfig, weights: str) -> None:
+        self.config = config
+        self.datasets = _open(config)
+        self.model = build_detector(config, _num_classes(config, self.datasets))
+        if weights:
+            # a part-wise start is for training; a checkpoint of this model (to evaluate) is taken whole
+            own = weights == config.model.weights
+            load_weights(self.model, weights, config.model.weights_parts if own else ())
+
+    def faults(self) -> list[str]:
+        return [f"data.{split}: {data.problems}" for split, data in self.datasets.items() if len(data.problems)]
+
+    def describe_batch(self, world_size: int) -> dict[str, Any]:
+        return describe_batch(self.config, world_size)
+
+    def train_batches(self, start_step: int) -> Iterable[Any]:
+        return self._batches(self.config.seed, start_step, self.config.schedule.max_steps)
+
+    def losses(self, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> dict[str, Tensor]:
+        return self.model(batch[0], training_targets(batch[1]))
+
+    def monitors(self) -> dict[str, Tensor]:
+        heads: Any = self.model.roi_heads
+        return {"roi_accuracy": heads.training_accuracy()}
+
+    def estimate_statistics(self) -> None:
+        steps = math.ceil(self.config.evaluation.precise_images / self.config.trainer.total_batch_size)
+        batches = self._batches(self.config.seed + _STATISTICS_SEED, 0, steps)
+        with random_numbers_kept(self.model, self.config.seed):
+            precise_bn(self.model, batches, forward=precise_forward, progress=False)
+
+    def validate(self, track: Track) -> dict[str, float | None]:
+        evaluation = self.config.evaluation
+        loader = build_eval_loader(
+            self.datasets["val"],
+            self.config.data,
+            images_per_batch=evaluation.images_per_batch,
+            rank=get_rank(),
+            world_size=get_world_size(),
+            max_images=evaluation.max_images,
+        )
+        batches = track(loader, "AP under population statistics")
+        return average_precision(self.model, batches, ["population"])["population"]
+
+    def evaluate(self, track: Track) -> Evaluation:
+        found = evaluate_detector(self.model, self.config, self.datasets, track=track)
+        return Evaluation(found.results, found.leakage, found.notes)
+
+    def _batches(self, seed: int, start_step: int, max_steps: int) -> Iterable[Any]:
+        world_size = get_world_size()
+        return build_train_loader(
+            self.datasets["train"],
+            self.config.data,
+            rank=get_rank(),
+            world_size=world_size,
+            images_per_rank=self.config.trainer.total_batch_size // world_size,
+            seed=seed,
+            start_step=start_step,
+            max_steps=max_steps,
+        )
+
+
+def _open(config: DetectionRunConfig) -> dict[str, CocoInstances]:
+    """Open both splits; the first rank of each machine goes first, since it may have to write them."""
+    masks = config.model.mask_head.enabled
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or get_world_size() == 1
+    if not first:
+        barrier()
+    datasets = {split: build_dataset(config.data, split, masks=masks) for split in ("train", "val")}
+    if first:
+        barrier()
+    train, val = datasets["train"].categories, datasets["val"].categories
+    if train != val:
+        label = next(label for label in sorted({*train, *val}) if train.get(label) != val.get(label))
+        raise DataError(
+            f"data.val: its classes are not those of data.train: class {label} is {val.get(label)!r} in val, "
+            f"{train.get(label)!r} in train"
+        )
+    return datasets
+
+
+def _num_classes(config: DetectionRunConfig, datasets: dict[str, CocoInstances]) -> int:
+    found, wanted = datasets["train"].num_classes, config.model.num_classes
+    if wanted and wanted < found:
+        raise ConfigError(
+            f"model.num_classes: is {wanted}, but the training data has {found}; use at least {found}, or 0"
+        )
+    return wanted or found

@@ -1,0 +1,178 @@
+"""The training step as a Lightning module: losses, optimizer, schedule, frozen batch norms, checkpoint content."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from leakfree import __version__
+from leakfree.config import config_to_dict
+from leakfree.config.schema import OptimizerConfig, RunConfig
+from leakfree.distributed import get_rank, get_world_size
+from leakfree.errors import CheckpointError, ConfigError, RunError
+from leakfree.norms import NORMS
+from leakfree.schedules import FreezeBN, freeze_step, lr_factor
+from leakfree.training.buffers import differing_buffers, load_buffers, pool_statistics, pooled_statistics
+from leakfree.training.tasks import Task
+
+__all__ = ["TrainingModule", "build_optimizer", "freeze_as_trained", "seed_step"]
+
+FORMAT = 1
+_NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+class TrainingModule(L.LightningModule):
+    """Trains the model of a task.
+
+    Every step draws its randomness from (seed, step, rank) alone, so a resumed run is the
+    uninterrupted one.
+
+    Attributes:
+        losses: of the last step, without graph, and the task's monitors.
+        seconds: spent in training steps before this session.
+    """
+
+    def __init__(self, task: Task, config: RunConfig) -> None:
+        super().__init__()
+        self.task = task
+        self.config = config
+        self.model = task.model
+        self.losses: dict[str, Tensor] = {}
+        self.seconds = 0.0
+        self._own_buffers: dict[str, Tensor] = {}
+        self.freeze_bn = FreezeBN(at=config.schedule.freeze_bn_at)
+        if freeze_step(config.schedule.freeze_bn_at, config.schedule.max_steps) is not None and not any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules()
+        ):
+            raise ConfigError(
+                f"schedule.freeze_bn_at: is {config.schedule.freeze_bn_at}, but the model has no batch norm to freeze; "
+                "use 1 (never), or a batch norm"
+            )
+
+    # ------------------------------------------------------------------------------------- a step
+
+    def on_train_start(self) -> None:
+        # Not with the rest of the checkpoint: DDP copies rank 0's buffers to all ranks when it wraps the model.
+        load_buffers(self.model, self._own_buffers)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        seed_step(self.config.seed, self.global_step, get_rank())
+        precise = self.config.schedule.freeze_bn_statistics == "precise"
+        self.freeze_bn.step(
+            self.model,
+            self.global_step,
+            self.config.schedule.max_steps,
+            before=(lambda _: self.task.estimate_statistics()) if precise else pool_statistics,
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = self.task.losses(batch)
+        total = torch.stack(list(losses.values())).sum()
+        self.losses = {"loss": total.detach(), **{name: loss.detach() for name, loss in losses.items()}}
+        if not torch.isfinite(total):
+            raise RunError(self._not_finite())
+        self.losses |= {name: value.detach().to(total) for name, value in self.task.monitors().items()}
+        return total
+
+    def _not_finite(self) -> str:
+        bad = [f"{name} is {value.item()}" for name, value in self.losses.items() if not torch.isfinite(value)]
+        rank = f" on rank {get_rank()}" if get_world_size() > 1 else ""
+        parts = [text for text in bad if not text.startswith("loss ")] or bad
+        return (
+            f"training diverged at step {self.global_step}{rank}: {', '.join(parts)}; the weights of the last "
+            f"checkpoint are intact. Lower optimizer.lr (now {self.config.optimizer.lr}), lengthen "
+            "schedule.warmup_steps, or set optimizer.clip_gradients"
+        )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.config.optimizer)
+        schedule = self.config.schedule
+
+        def factor(step: int) -> float:
+            return lr_factor(
+                step,
+                max_steps=schedule.max_steps,
+                warmup_steps=schedule.warmup_steps,
+                warmup_factor=schedule.warmup_factor,
+                decay=schedule.decay,
+                milestones=schedule.milestones,
+                gamma=schedule.gamma,
+            )
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Pooled statistics for whoever reads the weights; each rank's own beside them, for the resume."""
+        own = differing_buffers(self.model)
+        with pooled_statistics(self.model):
+            checkpoint["state_dict"] = {name: value.detach().clone() for name, value in self.state_dict().items()}
+        checkpoint["leakfree"] = {
+            "format": FORMAT,
+            "version": __version__,
+            "step": self.global_step,
+            "seconds": self.seconds,
+            "world_size": get_world_size(),
+            "freeze_bn": self.freeze_bn.state_dict(),
+            "rank_buffers": own,
+            "config": config_to_dict(self.config),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "leakfree" not in checkpoint:
+            raise CheckpointError("the checkpoint to resume from was not written by a leakfree training")
+        state = checkpoint["leakfree"]
+        self.freeze_bn.load_state_dict(state["freeze_bn"])
+        self.seconds = state["seconds"]
+        self._own_buffers = state["rank_buffers"][get_rank()]
+
+
+def freeze_as_trained(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Freeze the batch norms that were frozen when ``checkpoint`` was written; weights of others freeze none."""
+    state = checkpoint.get("leakfree", {}).get("freeze_bn", {"frozen_at": None})
+    if state["frozen_at"] is not None:
+        freeze = FreezeBN(at=0)
+        freeze.load_state_dict(state)
+        freeze.step(model, state["frozen_at"], state["frozen_at"] + 1)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed Python, numpy and torch (all devices) for one step of one rank."""
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(4)
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+    np.random.seed(words[2])
+    random.seed(int(words[3]))
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trainable parameters; those of norm layers have a weight decay of their own.
+
+    Raises:
+        ConfigError: everything is frozen.
+    """
+    norms = (*_NORM_LAYERS, *(norm for _, norm in NORMS if inspect.isclass(norm)))
+    of_norms = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, norms)
+        for parameter in module.parameters(recurse=False)
+    }
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ConfigError("model.freeze: every weight is frozen, there is nothing to train")
+    groups = [
+        {"params": [item for item in trainable if id(item) not in of_norms], "weight_decay": config.weight_decay},
+        {"params": [item for item in trainable if id(item) in of_norms], "weight_decay": config.weight_decay_norm},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

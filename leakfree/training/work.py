@@ -1,0 +1,261 @@
+"""What each rank does in a training and in an evaluation. Imports torch and Lightning: only ranks load it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+
+from leakfree.config import config_to_dict, save_config
+from leakfree.config.schema import RunConfig
+from leakfree.distributed import barrier, get_rank
+from leakfree.errors import LeakfreeError, RunError
+from leakfree.records import RunRecord, read_record, write_record
+from leakfree.training.buffers import pool_statistics
+from leakfree.training.callbacks import AtomicCheckpoints, Moments
+from leakfree.training.checkpoints import disk_is_full, read_checkpoint
+from leakfree.training.folder import Start
+from leakfree.training.journal import Journal, peak_memory_mib, timing_of
+from leakfree.training.logs import LOG, StepBar, environment, first_lines, logging_to, result_lines, track
+from leakfree.training.module import TrainingModule, freeze_as_trained, seed_step
+from leakfree.training.ranks import RankPlan, threads_per_rank
+from leakfree.training.tasks import Task, build_task
+
+__all__ = ["evaluate_on_rank", "train_on_rank"]
+
+
+def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
+    """Train from ``start`` to the end, evaluate, and record it; every rank runs this."""
+    with _session(config, plan, start) as session:
+        task = _build(config, "" if start.weights else _initial_weights(config))
+        session.open(task, steps=start.step)
+        module = TrainingModule(task, config)
+        if start.step < config.schedule.max_steps:
+            _fit(config, plan, start, session, module)
+        else:
+            checkpoint = read_checkpoint(start.weights)
+            module.load_state_dict(checkpoint["state_dict"])
+            freeze_as_trained(task.model, checkpoint)
+        task.model.to(session.device)  # Lightning has moved it to the CPU
+        pool_statistics(task.model)
+        session.evaluate(task)
+        session.close(task)
+
+
+def evaluate_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
+    """Evaluate the weights of ``start`` and record it; every rank runs this."""
+    with _session(config, plan, start) as session:
+        task = _build(config, start.weights)
+        freeze_as_trained(task.model, read_checkpoint(start.weights))
+        session.open(task, steps=None)
+        session.evaluate(task)
+        session.close(task)
+
+
+def _initial_weights(config: RunConfig) -> str:
+    return str(getattr(getattr(config, "model", None), "weights", ""))
+
+
+def _build(config: RunConfig, weights: str) -> Task:
+    seed_step(config.seed, 0, 0)  # the same initial weights on every rank
+    return build_task(config, weights)
+
+
+# -------------------------------------------------------------------------------------- session
+
+
+@contextmanager
+def _session(config: RunConfig, plan: RankPlan, start: Start) -> Iterator[_Session]:
+    """Threads, device, log and determinism of this rank, put back afterwards."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads = threads_per_rank(plan, config.trainer.num_threads)
+    device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus else torch.device("cpu")
+    folder = Path(config.output_dir)
+    with logging_to(folder, get_rank()):
+        try:
+            torch.set_num_threads(threads)
+            if not plan.gpus:  # cheap there, and a resumed run is then the uninterrupted one bit for bit
+                torch.use_deterministic_algorithms(True, warn_only=True)
+            yield _Session(config, folder, device, threads, start)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"out of GPU memory on rank {get_rank()}: {str(error).splitlines()[0]} Use a smaller "
+                "trainer.total_batch_size, more GPUs, or trainer.precision=16-mixed"
+            ) from error
+        except Exception as error:
+            if isinstance(error, LeakfreeError) or (full := disk_is_full(error)) is None:
+                raise
+            raise RunError(
+                f"{folder}: cannot be written ({full.strerror}): make room, then continue with --resume"
+            ) from error
+        finally:
+            torch.set_num_threads(before[0])
+            torch.use_deterministic_algorithms(before[1])
+
+
+@dataclass
+class _Session:
+    """One start of a run on this rank; rank 0 keeps the record."""
+
+    config: RunConfig
+    folder: Path
+    device: torch.device
+    threads: int
+    start: Start
+    record: RunRecord | None = None
+
+    def open(self, task: Task, steps: int | None) -> None:
+        """Write the config and the record as they stand, and the head of the log."""
+        if get_rank() != 0:
+            return
+        known = (self.folder / "record.json").exists()
+        found = environment(self.device, self.threads)
+        if known and steps is None:
+            self.record = read_record(self.folder)  # an evaluation adds to what is there
+            for key in ("evaluation", "leakage"):
+                self.record.config[key] = config_to_dict(self.config)[key]
+        else:
+            timing = read_record(self.folder).timing if known and steps else {}
+            self.record = RunRecord(
+                name=self.folder.resolve().name,
+                task=self.config.task,
+                status="running",
+                seed=self.config.seed,
+                config=config_to_dict(self.config),
+                environment=found,
+                timing={**timing, "steps": steps},
+                batch=task.describe_batch(found["world_size"]),
+            )
+            save_config(self.config, self.folder / "config.yaml")
+            write_record(self.folder, self.record)
+        for line in (*first_lines(self.record, self.folder), *self.start.notices):
+            (LOG.warning if "damaged" in line else LOG.info)("%s", line)
+        for line in task.faults():
+            LOG.warning("%s", line)
+
+    def note_steps(self, steps: int, seconds: float) -> None:
+        """A checkpoint of ``steps`` steps is on disk."""
+        assert self.record is not None
+        self.record.timing |= timing_of(self.folder, steps, seconds)
+        write_record(self.folder, self.record)
+
+    def evaluate(self, task: Task) -> None:
+        """Measure everything the config asks for; rank 0 adds it to the record."""
+        task.model.to(self.device)
+        began = time.perf_counter()
+        found = task.evaluate(track)
+        if self.record is not None:
+            self.record.results |= found.results
+            self.record.leakage |= found.leakage
+            self.record.notes = list(dict.fromkeys([*self.record.notes, *found.notes]))
+            self.record.timing["evaluation_seconds"] = time.perf_counter() - began
+            self.record.timing.setdefault("peak_memory_mib", peak_memory_mib(self.device))
+
+    def close(self, task: Task) -> None:
+        """Record the end, and show the results; all ranks leave together."""
+        if self.record is not None:
+            if self.record.timing["steps"] in (None, self.config.schedule.max_steps):
+                self.record.status = "finished"
+            self.record.notes = list(dict.fromkeys([*self.record.notes, *task.faults()]))
+            write_record(self.folder, self.record)
+            for line in (*result_lines(self.record), f"results: {self.folder / 'record.json'}"):
+                LOG.info("%s", line)
+        barrier()
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+class _Steps:
+    """The training batches as Lightning wants them to resume in the middle of its one epoch."""
+
+    def __init__(self, task: Task, start_step: int, max_steps: int) -> None:
+        self.task = task
+        self.start_step = start_step
+        self.max_steps = max_steps
+
+    def __len__(self) -> int:
+        return self.max_steps
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.task.train_batches(self.start_step))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # the step is all there is to know
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def _fit(config: RunConfig, plan: RankPlan, start: Start, session: _Session, module: TrainingModule) -> None:
+    journal = Journal(session.folder, config.trainer.log_period, config.schedule.max_steps, start.step, session.device)
+    bar = StepBar(config.schedule.max_steps, start.step)
+    moments = Moments(
+        session.folder, config.trainer, journal, bar, saved=lambda step: session.note_steps(step, module.seconds)
+    )
+    trainer = _trainer(config, plan, moments)
+    batches = _Steps(module.task, start.step, config.schedule.max_steps)
+    try:
+        with _interrupt_raised():
+            trainer.fit(module, train_dataloaders=batches, ckpt_path=start.weights or None, weights_only=True)
+    finally:
+        journal.close()
+    assert trainer.global_step == config.schedule.max_steps, "the training ended early"
+
+
+@contextmanager
+def _interrupt_raised() -> Iterator[None]:
+    """Lightning turns Ctrl-C into exit code 1 and leaves the signal ignored; this gives both back."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+def _trainer(config: RunConfig, plan: RankPlan, moments: Moments) -> L.Trainer:
+    several = plan.world_size > 1
+    strategy: Any = "auto"
+    if several:
+        # Buffers are each rank's own (leakfree.training.buffers). Every trainable parameter is reached on
+        # every rank, also by ranks without RoIs, so DDP needs no search for unused ones.
+        strategy = DDPStrategy(broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True)
+    environment = TorchElasticEnvironment() if several else LightningEnvironment()
+    local = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ and not several else None
+    return L.Trainer(
+        accelerator="gpu" if plan.gpus else "cpu",
+        devices=[local] if plan.gpus and local is not None else plan.local_size,
+        num_nodes=plan.num_nodes,
+        strategy=strategy,
+        plugins=[environment, AtomicCheckpoints()],
+        precision=config.trainer.precision,  # type: ignore[arg-type]
+        max_steps=config.schedule.max_steps,
+        max_epochs=-1,  # one epoch is the whole run
+        gradient_clip_val=config.optimizer.clip_gradients or None,
+        callbacks=[moments],
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=config.output_dir,
+    )

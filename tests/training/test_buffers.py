@@ -1,0 +1,56 @@
+"""Statistics pooled over ranks, and buffers that belong to one rank."""
+
+import torch
+from torch import nn
+
+from leakfree.norms import build_norm
+from leakfree.training.buffers import differing_buffers, load_buffers, pool_statistics, pooled_statistics
+from tests.ranks import run_ranks
+
+
+def _model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), build_norm("BN", 4, dim=1), nn.BatchNorm1d(4, track_running_stats=False))
+
+
+def _pool(rank, world_size, batches):
+    model = _model()
+    for batch in batches[rank]:
+        model(batch)
+    own = {name: value.clone() for name, value in model.named_buffers()}
+    differing = differing_buffers(model)
+    with pooled_statistics(model):
+        inside = {name: value.clone() for name, value in model.named_buffers()}
+    after = {name: value.clone() for name, value in model.named_buffers()}
+    pool_statistics(model)
+    load_buffers(model, {})
+    return own, inside, after, dict(model.named_buffers()), differing
+
+
+def test_pooled_statistics_are_the_moving_average_over_steps_and_ranks():
+    batches = [torch.randn(2, 5, 3) for _ in range(2)]
+    (own0, inside, after, pooled, differing), (own1, *others) = run_ranks(_pool, 2, [list(item) for item in batches])
+    for name in ("1.running_mean", "1.running_var"):
+        assert torch.allclose(inside[name], (own0[name] + own1[name]) / 2)
+        assert torch.equal(inside[name], others[0][name])
+        assert torch.equal(after[name], own0[name])
+        assert torch.equal(pooled[name], inside[name])
+    assert pooled["1.num_batches_tracked"] == 2
+    assert [set(item) for item in differing] == [{"1.running_mean", "1.running_var"}] * 2
+    assert torch.equal(differing[1]["1.running_mean"], own1["1.running_mean"])
+
+
+def test_a_rank_whose_layer_saw_nothing_does_not_count():
+    (own0, inside, *_), (own1, *_) = run_ranks(_pool, 2, [[torch.randn(5, 3)], []])
+    assert own1["1.num_batches_tracked"] == 0
+    assert torch.equal(inside["1.running_mean"], own0["1.running_mean"])
+    assert inside["1.num_batches_tracked"] == 1
+
+
+def test_one_process_has_nothing_to_pool():
+    model = _model()
+    model(torch.randn(4, 3))
+    before = model[1].running_mean.clone()
+    pool_statistics(model)
+    assert torch.equal(model[1].running_mean, before)
+    assert differing_buffers(model) == [{}]
