@@ -86,8 +86,10 @@ class Moments(L.Callback):
         self.journal.waiting()
 
     def _validate(self, module: TrainingModule, step: int) -> None:
+        self.bar.stop()  # the evaluation shows its own
         with pooled_statistics(module.model):
             metrics = module.task.validate(track)
+        self.bar.start()
         self.journal.write({"step": step, **metrics})
         if get_rank() == 0:
             numbers = "  ".join(f"{name}: {value:.4f}" for name, value in metrics.items() if value is not None)

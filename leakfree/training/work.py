@@ -78,13 +78,16 @@ def _build(config: RunConfig, weights: str) -> Task:
 @contextmanager
 def _session(config: RunConfig, plan: RankPlan, start: Start) -> Iterator[_Session]:
     """Threads, device, log and determinism of this rank, put back afterwards."""
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), os.environ.get("OMP_NUM_THREADS")
     threads = threads_per_rank(plan, config.trainer.num_threads)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus else torch.device("cpu")
     folder = Path(config.output_dir)
     with logging_to(folder, get_rank()):
         try:
             torch.set_num_threads(threads)
+            # Where it is not set, Lightning overrules the line above, and waiting threads of several runs spin
+            # against each other: a step took ten times as long.
+            os.environ["OMP_NUM_THREADS"] = str(threads)
             if not plan.gpus:  # cheap there, and a resumed run is then the uninterrupted one bit for bit
                 torch.use_deterministic_algorithms(True, warn_only=True)
             yield _Session(config, folder, device, threads, start)
@@ -102,6 +105,10 @@ def _session(config: RunConfig, plan: RankPlan, start: Start) -> Iterator[_Sessi
         finally:
             torch.set_num_threads(before[0])
             torch.use_deterministic_algorithms(before[1])
+            if before[2] is None:
+                os.environ.pop("OMP_NUM_THREADS", None)
+            else:
+                os.environ["OMP_NUM_THREADS"] = before[2]
 
 
 @dataclass

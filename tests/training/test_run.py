@@ -65,6 +65,11 @@ def train_on_two(config_file, folder, *overrides, resume=False):
     return run_ranks(_as_ranks, 2, "train", config_file, overrides, resume, timeout=120)
 
 
+def test_the_process_that_only_watches_over_ranks_loads_no_torch():
+    code = "import sys, leakfree.training; assert not {'torch', 'lightning'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # ------------------------------------------------------------------------------------ one process
 
 
