@@ -34,11 +34,17 @@ def test_groups_span_ranks_as_one_process_would_form_them():
     assert all(count == whole.num_groups and across for _, count, across in results)
 
 
+def _fail_inside():
+    with normalization_scope():
+        raise RuntimeError("planted")
+
+
 def test_scopes_nest_and_close_after_an_exception():
     with normalization_scope() as outer:
-        with pytest.raises(RuntimeError), normalization_scope():
-            assert current_scope() is not outer
-            raise RuntimeError
+        with normalization_scope() as inner:
+            assert current_scope() is inner
+        with pytest.raises(RuntimeError, match="planted"):
+            _fail_inside()
         assert current_scope() is outer
         assert outer.share("a", lambda: 1) == outer.share("a", lambda: 2) == 1
     assert current_scope() is None

@@ -140,7 +140,10 @@ def _box_head(config: BoxHeadConfig, channels: int, seed: int) -> nn.Module:
         return _shuffled(TwoMLPHead(channels * 7 * 7, config.fc_dim), config, seed)
     name, options = _head_norm(config, "box_head", seed)
     head = FastRCNNConvFCHead(
-        (channels, 7, 7), [config.conv_dim] * config.num_convs, [config.fc_dim], norm_layer(name, options)
+        (channels, 7, 7),
+        [config.conv_dim] * config.num_convs,
+        [config.fc_dim],
+        norm_layer(name, options, "box_head"),
     )
     return _shuffled(head, config, seed)
 
@@ -148,7 +151,7 @@ def _box_head(config: BoxHeadConfig, channels: int, seed: int) -> nn.Module:
 def _mask_head(config: MaskHeadConfig, channels: int, seed: int) -> nn.Module:
     seed = 2 * seed + _MASK_SEED
     name, options = _head_norm(config, "mask_head", seed)
-    head = MaskRCNNHeads(channels, [config.conv_dim] * config.num_convs, 1, norm_layer(name, options))
+    head = MaskRCNNHeads(channels, [config.conv_dim] * config.num_convs, 1, norm_layer(name, options, "mask_head"))
     return _shuffled(head, config, seed)
 
 

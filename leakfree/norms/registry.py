@@ -91,5 +91,7 @@ def build_norm(name: str, num_features: int, *, dim: int = 2, **options: Any) ->
             raise ConfigError(f"norm {name} has no option {option!r}; it takes {choices(option, valid) or 'none'}")
     try:
         return norm(num_features, dim=dim, **options)
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"norm {name} with options {options}: {error}") from error

@@ -249,7 +249,9 @@ def test_crowd_regions_do_not_train():
 
 def test_config_mistakes_are_named(make_config):
     cases = [
-        (("box_head", "norm", "SynBN"), "unknown norm 'SynBN'; choose from SyncBN"),
+        (("box_head", "norm", "SynBN"), r"^model\.box_head\.norm: unknown norm 'SynBN'; choose from SyncBN"),
+        (("box_head", "norm", "GN"), r"^model\.box_head\.norm_options: GN: num_groups=32 does not divide 8"),
+        (("backbone", "norm", "GhostBN"), r"^model\.backbone\.norm_options: norm GhostBN .* missing .*group_size"),
         (("freeze", None, ["backbone"]), "model.freeze: freezing random weights"),
         (("rpn", "anchor_sizes", [[24], [48]]), "model.rpn.anchor_sizes: 2 lists for the 1 feature maps"),
     ]

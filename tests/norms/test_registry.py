@@ -26,7 +26,7 @@ def test_unknown_names_and_options_list_the_valid_ones_nearest_first():
         build_norm("SynchBN", 3)
     with pytest.raises(ConfigError, match="norm GhostBN has no option 'groupsize'; it takes group_size"):
         build_norm("GhostBN", 3, groupsize=2)
-    with pytest.raises(ConfigError, match="GhostBN.*group_size"):
+    with pytest.raises(ConfigError, match=r"GhostBN.*group_size"):
         build_norm("GhostBN", 3)
     with pytest.raises(ConfigError, match="does not divide 6 channels; use one of 1, 2, 3, 6"):
         build_norm("GN", 6, num_groups=4)
