@@ -88,11 +88,15 @@ def normalization_scope(base: Partition | None = None) -> Iterator[Normalization
         _SCOPE.reset(token)
 
 
-def image_partition(rows_per_image: Sequence[int], images_per_group: int, process_group: Group = None) -> Partition:
+def image_partition(
+    rows_per_image: Sequence[int], images_per_group: int, *, across_ranks: bool = True, process_group: Group = None
+) -> Partition:
     """Group rows by the image they come from, ``images_per_group`` images to a group.
 
     Images are counted over all ranks in rank order, so the groups are those of one process that
-    holds all images: a group may span ranks. Rows must be ordered by image.
+    holds all images: a group may span ranks. Then (and only for ``images_per_group > 1``) every rank
+    must call it equally often. With ``across_ranks=False`` each rank counts its own images and nothing
+    is communicated. Rows must be ordered by image.
 
     Args:
         rows_per_image: the number of rows (RoIs) of each image of this rank; zeros allowed.
@@ -101,7 +105,7 @@ def image_partition(rows_per_image: Sequence[int], images_per_group: int, proces
     if images_per_group < 1:
         raise ValueError(f"images_per_group must be at least 1, got {images_per_group}")
     num_images, first, total, spans = len(rows_per_image), 0, len(rows_per_image), False
-    if images_per_group > 1 and is_distributed(process_group):
+    if across_ranks and images_per_group > 1 and is_distributed(process_group):
         everyone = [count for (count,) in all_gather_ints([num_images], process_group)]
         first, total = sum(everyone[: get_rank(process_group)]), sum(everyone)
         starts = [sum(everyone[:rank]) for rank in range(len(everyone))]

@@ -48,11 +48,14 @@ class RoiGroups:
         """Switch the grouping and restart the count of random draws."""
         self.grouping, self.seed, self._draws = grouping, seed, 0
 
-    def base(self) -> Partition | None:
-        """The groups of the current rows; None leaves them to the norms (the whole rank)."""
+    def base(self, training: bool) -> Partition | None:
+        """The groups of the current rows; None leaves them to the norms (the whole rank).
+
+        Only in training may a group span ranks: evaluations have uneven numbers of batches.
+        """
         if self.grouping == "all" or (self.grouping == "training" and not self.images_per_group):
             return None
-        by_image = image_partition(self.rows_per_image, max(1, self.images_per_group))
+        by_image = image_partition(self.rows_per_image, max(1, self.images_per_group), across_ranks=training)
         if self.grouping != "random":
             return by_image
         self._draws += 1
@@ -62,7 +65,7 @@ class RoiGroups:
         self.rows_per_image = [len(boxes) for boxes in inputs[1]]  # (features, boxes per image, image shapes)
 
     def _open(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._scopes.enter_context(normalization_scope(self.base()))
+        self._scopes.enter_context(normalization_scope(self.base(module.training)))
 
     def _close(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._scopes.close()

@@ -58,7 +58,8 @@ def evaluate_detector(
     """AP under each of ``config.evaluation.statistics``, and the leakage numbers of the RoI heads.
 
     Across ranks: every rank calls it; batches (not images) are dealt to ranks, so AP, accuracies and
-    influence do not depend on the number of ranks, and every rank returns the same numbers.
+    influence do not depend on the number of ranks (but precise statistics come from RoIs that each rank
+    draws for itself), and every rank returns the same numbers.
 
     Args:
         datasets: "train" and "val".

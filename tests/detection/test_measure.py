@@ -51,16 +51,20 @@ def test_every_number_of_a_leaky_detector_is_there_and_the_model_is_untouched(ma
     assert not evaluation.notes
 
 
-def test_results_do_not_depend_on_the_number_of_ranks(make_config):
+@pytest.mark.parametrize("images_per_group", [1, 2])
+def test_results_do_not_depend_on_the_number_of_ranks(make_config, images_per_group):
     config = make_config("BN")
-    config.model.images_per_group = 1
+    config.model.images_per_group = images_per_group
     config.evaluation.images_per_batch = 2
     one = _evaluate(0, 1, config)
     for other in run_ranks(_evaluate, 2, config):
         for mode, metrics in one.results.items():
-            assert other.results[mode] == pytest.approx(metrics, abs=1e-6), mode
+            # each rank draws the RoIs of its precise statistics itself
+            assert other.results[mode] == pytest.approx(metrics, abs=0.02 if mode == "precise" else 1e-6), mode
         for name in ("roi_accuracy/train", "roi_accuracy/val", "influence"):
-            assert other.leakage[name] == pytest.approx(one.leakage[name], abs=1e-6), name
+            for key, value in one.leakage[name].items():
+                tolerance = 0.1 if key == "precise" else 1e-6
+                assert other.leakage[name][key] == pytest.approx(value, abs=tolerance), (name, key)
 
 
 def test_a_batch_independent_head_is_certified_and_has_one_answer(make_config):
