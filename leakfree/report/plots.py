@@ -106,7 +106,7 @@ def _signature(name: str, title: str, measures: Sequence[Measure], variants: Seq
             values = ", ".join("n.a." if s is None else format_value(s.mean, "percent") for s in spreads)
             words.append(f"{variant.label}: {values}")
         _mark_largest_drop(axes, measures, variants)
-        axes.set_xlim(-0.35, 2.55)
+        axes.set_xlim(-0.35, 2.65)
         axes.set_xticks(range(3), ["(a)\nper image", "(b)\nrandom groups", "(c)\npopulation"])
         axes.set_ylim(*_limits(drawn))
         axes.yaxis.set_major_locator(_round_ticks())
@@ -144,7 +144,7 @@ def _mark_largest_drop(axes: Axes, measures: Sequence[Measure], variants: Sequen
     if first and last:
         index = next(position for position, item in enumerate(variants) if item is variant)
         label = format_value(last.mean - first.mean, "points")
-        axes.text(2.5, 100 * last.mean, label, color=color(index), fontweight="bold", ha="right", va="center")
+        axes.text(2.62, 100 * last.mean, label, color=color(index), fontweight="bold", ha="right", va="center")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-_WITHOUT_GROUPS = ("no norm", "GN", "LN", "IN", "PN", "FrozenBN")
+_GROUPED_BY_IMAGE = ("BN", "BatchStatBN")
 
 
 @dataclass(frozen=True)
@@ -221,11 +221,13 @@ def describe(variant: Variant) -> str:
     flat = flatten(variant.config)
     if "model.box_head.norm" not in flat:
         return ""
-    words = [str(flat["model.box_head.norm"]).replace("none", "no norm")]
+    norm = str(flat["model.box_head.norm"])
     shuffle = flat.get("model.box_head.roi_shuffle", "none")
-    words += [f"shuffled {shuffle}"] if shuffle != "none" else []
     images = flat.get("model.images_per_group")
-    if isinstance(images, int) and images > 0 and words[0] not in _WITHOUT_GROUPS:
+    words = [norm.replace("none", "no norm")]
+    if shuffle != "none":
+        words.append(f"RoI {shuffle} shuffled over random groups")
+    elif norm in _GROUPED_BY_IMAGE and isinstance(images, int) and images > 0:
         words.append(f"{images} image{'s' * (images > 1)} per group")
     freeze = flat.get("schedule.freeze_bn_at")
     if isinstance(freeze, (int, float)) and freeze < 1:
