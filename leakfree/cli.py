@@ -17,6 +17,7 @@ from typing import NoReturn
 from leakfree import __version__
 from leakfree.config import RunConfig, load_config
 from leakfree.errors import LeakfreeError, choices
+from leakfree.training.ranks import RankError
 
 __all__ = ["UsageError", "main"]
 
@@ -54,14 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line after the program's name; by default this process's own.
 
     Returns:
-        0 done, 2 the user's mistake (one line on stderr), 130 interrupted from the keyboard.
-        A failure of ours keeps its traceback, and Python exits with 1.
+        0 done, 1 a rank failed (named, with its traceback), 2 the user's mistake (one line on stderr),
+        130 interrupted from the keyboard. Another failure of ours keeps its traceback, and Python exits with 1.
     """
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except LeakfreeError as error:
         print("leakfree: error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
+    except RankError as error:  # holds the traceback of the rank, if there is one; ours would only hide it
+        print(f"leakfree: failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("leakfree: interrupted", file=sys.stderr)
         return 130

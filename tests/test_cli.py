@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from leakfree import __version__
+from leakfree import __version__, cli
 from leakfree.cli import main
+from leakfree.training.ranks import RankError
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,3 +143,12 @@ def test_a_tool_is_the_command(tool, command):
     done = run(code, "--bogus", "run")
     assert done.returncode == 2
     assert f"leakfree {command}: unknown argument '--bogus'" in done.stderr
+
+
+def test_a_failed_rank_is_told_without_our_own_traceback(monkeypatch, capsys):
+    def fail(args):
+        raise RankError("rank 1 was killed by SIGKILL")
+
+    monkeypatch.setitem(cli._COMMANDS, "env", fail)
+    assert main(["env"]) == 1
+    assert capsys.readouterr().err == "leakfree: failed: rank 1 was killed by SIGKILL\n"

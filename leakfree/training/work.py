@@ -129,9 +129,8 @@ class _Session:
         known = (self.folder / "record.json").exists()
         found = environment(self.device, self.threads)
         if known and steps is None:
-            self.record = read_record(self.folder)  # an evaluation adds to what is there
-            for key in ("evaluation", "leakage"):
-                self.record.config[key] = config_to_dict(self.config)[key]
+            self.record = read_record(self.folder)
+            self._make_room(config_to_dict(self.config))
         else:
             timing = read_record(self.folder).timing if known and steps else {}
             self.record = RunRecord(
@@ -150,6 +149,16 @@ class _Session:
             (LOG.warning if "damaged" in line else LOG.info)("%s", line)
         for line in task.faults():
             LOG.warning("%s", line)
+
+    def _make_room(self, config: dict[str, Any]) -> None:
+        """An evaluation adds statistics to those in the record, unless it measures otherwise (on other images, say):
+        then the record's numbers go, since they could not be compared."""
+        assert self.record is not None
+        choice = {"statistics": None, "enabled": None}  # what to measure, not how
+        for key in ("evaluation", "leakage"):
+            if {**self.record.config.get(key, {}), **choice} != {**config[key], **choice}:
+                self.record.results, self.record.leakage, self.record.notes = {}, {}, []
+            self.record.config[key] = config[key]
 
     def note_steps(self, steps: int, seconds: float) -> None:
         """A checkpoint of ``steps`` steps is on disk."""

@@ -211,6 +211,36 @@ def test_training_accuracy_counts_foreground_rois_of_the_last_forward(make_confi
     assert heads.training_accuracy() == 1.0
 
 
+def _one_rank_without_rois(rank, world_size, config):
+    """DDP steps in which rank 1 finds not one RoI; returns its losses and whether gradients agree over ranks."""
+    torch.manual_seed(0)
+    model = build_detector(config, 10)
+    if rank == 1:
+        model.rpn._post_nms_top_n["training"] = 0
+    parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 96, 96)}
+    losses = {}
+    for images, targets in _batches(config, 2, rank, world_size):
+        losses = parallel(images, training_targets(targets) if rank == 0 else [dict(empty) for _ in images])
+        parallel.zero_grad()
+        sum(losses.values()).backward()
+    total = torch.stack([parameter.grad.double().abs().sum() for parameter in model.parameters()])
+    return {name: loss.item() for name, loss in losses.items()}, total
+
+
+@pytest.mark.parametrize(
+    "options", [{"norm": "BN"}, {"norm": "SyncBN"}, {"roi_shuffle": "statistics"}, {"roi_shuffle": "features"}]
+)
+def test_a_rank_without_a_single_roi_neither_hangs_nor_spoils_the_others(make_config, options):
+    config = make_config(**options)
+    build_dataset(config.data, "train")
+    (first, mine), (second, theirs) = run_ranks(_one_rank_without_rois, 2, config)
+    assert first["loss_classifier"] > 0
+    assert second["loss_classifier"] == second["loss_mask"] == 0
+    assert torch.isfinite(mine).all()
+    assert torch.equal(mine, theirs)
+
+
 def test_statistics_modes_change_only_what_heads_normalize_with(make_config):
     model = _build(make_config("BN")).train()
     config = make_config("BN")

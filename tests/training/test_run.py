@@ -269,6 +269,9 @@ def test_evaluate_adds_to_the_record_of_a_training(finished, tmp_path, config_fi
     assert record.leakage == before.leakage
     assert record.timing["steps"] == 6
     assert record.status == "finished"
+    fewer = [*asked, "evaluation.max_images=1"]  # other images: the old numbers cannot stand beside the new
+    record = evaluate(load_config(config_file, [f"output_dir={tmp_path / 'run'}", *fewer]))
+    assert (set(record.results), record.leakage) == ({"random"}, {})
 
 
 def test_evaluate_of_a_weights_file_equals_the_training_s_own(finished, make_config):
