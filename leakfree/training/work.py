@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from leakfree.config import config_to_dict, save_config
 from leakfree.config.schema import RunConfig
-from leakfree.distributed import barrier, get_rank
+from leakfree.distributed import all_gather_objects, barrier, get_rank
 from leakfree.errors import LeakfreeError, RunError
 from leakfree.records import RunRecord, read_record, write_record
 from leakfree.training.buffers import pool_statistics
@@ -180,10 +180,11 @@ class _Session:
 
     def close(self, task: Task) -> None:
         """Record the end, and show the results; all ranks leave together."""
+        faults = [line for lines in all_gather_objects(task.faults()) for line in lines]
         if self.record is not None:
             if self.record.timing["steps"] in (None, self.config.schedule.max_steps):
                 self.record.status = "finished"
-            self.record.notes = list(dict.fromkeys([*self.record.notes, *task.faults()]))
+            self.record.notes = list(dict.fromkeys([*self.record.notes, *faults]))
             write_record(self.folder, self.record)
             for line in (*result_lines(self.record), f"results: {self.folder / 'record.json'}"):
                 LOG.info("%s", line)
