@@ -11,13 +11,12 @@ again continues what is unfinished and reuses what is finished.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -53,16 +52,9 @@ class Run:
     started: float = 0.0
     seconds: float = 0.0
     state: str = "waiting"
-    steps: int = field(default=0)
-
-    def finished_before(self) -> bool:
-        """Whether an earlier call left a finished record here (the training itself checks the config)."""
-        try:
-            return read_record(self.folder).status == "finished"
-        except LeakfreeError:
-            return False
 
     def start(self) -> None:
+        """Start the training; it returns at once where an earlier call has finished this very run."""
         command = [sys.executable, "-m", "leakfree.cli", "train", "--resume", "--num-processes", str(RANKS)]
         command += ["--config-file", str(CONFIGS / f"{self.config}.yaml"), *self.overrides]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -80,19 +72,12 @@ class Run:
     def progress(self) -> str:
         """What the run is at, from the files it writes."""
         if self.state != "running":
-            return self.state + (f" in {self.seconds:.0f} s" if self.state == "done" and self.seconds else "")
+            return self.state + (f" in {self.seconds:.0f} s" if self.state == "done" else "")
         rows = read_metrics(self.folder)
         if not rows:
             return "starting"
-        step = rows[-1].get("step", 0)
-        config = json.loads((self.folder / "record.json").read_text())["config"] if self._has_record() else {}
-        last = config.get("schedule", {}).get("max_steps", 0)
-        if last and step >= last:
-            return "measuring AP and leakage"
-        return f"step {step} of {last}, loss {rows[-1].get('loss', float('nan')):.2f}"
-
-    def _has_record(self) -> bool:
-        return (self.folder / "record.json").exists()
+        step, last = rows[-1]["step"], read_record(self.folder).config["schedule"]["max_steps"]
+        return "measuring AP and leakage" if step >= last else f"step {step} of {last}, loss {rows[-1]['loss']:.2f}"
 
 
 def plan(output: Path, data: Path, seeds: int) -> tuple[Run, list[Run]]:
@@ -126,10 +111,6 @@ def work(runs: list[Run], jobs: int, console: Console) -> None:
     Raises:
         RuntimeError: a run failed; the message is the end of its log.
     """
-    for run in runs:
-        if run.finished_before():
-            run.state = "done"
-            console.print(f"{run.folder.name}: finished before, reused", highlight=False)
     live = Live(table(runs), console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
     try:
         if live:

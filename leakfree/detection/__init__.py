@@ -5,9 +5,15 @@ statistics and the leakage numbers of its RoI heads (all a training room needs t
 """
 
 from leakfree.detection.backbones import SmallBackbone, build_backbone
+from leakfree.detection.batches import evaluation_batches, training_batches
 from leakfree.detection.groups import RoiGroups
 from leakfree.detection.inference import precise_forward, sample_rois
-from leakfree.detection.measure import DetectorEvaluation, average_precision, evaluate_detector
+from leakfree.detection.measure import (
+    DetectorEvaluation,
+    average_precision,
+    estimate_statistics,
+    evaluate_detector,
+)
 from leakfree.detection.model import (
     build_detector,
     describe_batch,
@@ -26,12 +32,15 @@ __all__ = [
     "build_backbone",
     "build_detector",
     "describe_batch",
+    "estimate_statistics",
     "evaluate_detector",
+    "evaluation_batches",
     "has_batch_statistics",
     "load_weights",
     "precise_forward",
     "roi_groups",
     "sample_rois",
     "statistics_mode",
+    "training_batches",
     "training_targets",
 ]

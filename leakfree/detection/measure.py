@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from leakfree.config.schema import DetectionRunConfig
-from leakfree.data import CocoInstances, build_eval_loader, build_train_loader
+from leakfree.data import CocoInstances
+from leakfree.detection.batches import evaluation_batches, training_batches
 from leakfree.detection.inference import (
     Detector,
     Images,
@@ -29,14 +30,12 @@ from leakfree.detection.inference import (
 )
 from leakfree.detection.model import has_batch_statistics, statistics_mode
 from leakfree.detection.roi_leakage import head_influence, pair_accuracies, roi_accuracies
-from leakfree.distributed import get_rank, get_world_size
 from leakfree.evaluation import CocoAp
 from leakfree.population import precise_bn
 
-__all__ = ["DetectorEvaluation", "average_precision", "evaluate_detector"]
+__all__ = ["DetectorEvaluation", "average_precision", "estimate_statistics", "evaluate_detector"]
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # a progress bar: (batches, what) -> batches
-_STREAM = 2**31 - 1  # added to the seed: batches drawn as in training, but not those that training saw
 
 
 @dataclass
@@ -97,11 +96,11 @@ def _measure(
     """Add AP and RoI accuracies under ``modes``."""
     names, seed = ", ".join(modes), config.leakage.seed
     batches = track(
-        _evaluation_batches(config, datasets["val"], config.evaluation.max_images), f"AP under {names} statistics"
+        evaluation_batches(config, datasets["val"], config.evaluation.max_images), f"AP under {names} statistics"
     )
     evaluation.results |= average_precision(model, batches, modes, seed)
     for split in ("train", "val") if config.leakage.enabled else ():
-        loader = _evaluation_batches(config, datasets[split], config.leakage.max_images)
+        loader = evaluation_batches(config, datasets[split], config.leakage.max_images)
         batches = track(loader, f"RoI accuracy on {split} under {names} statistics")
         evaluation.leakage.setdefault(f"roi_accuracy/{split}", {}).update(roi_accuracies(model, batches, modes, seed))
 
@@ -115,9 +114,11 @@ def _measure_mixing(
 ) -> None:
     """Add what needs no population statistics: influence, and same-class against random pairs."""
     leakage = config.leakage
-    batches = track(_training_batches(config, datasets["train"], leakage.influence_batches), "influence")
+    batches = track(
+        training_batches(config, datasets["train"], max_steps=leakage.influence_batches, stream=1), "influence"
+    )
     evaluation.leakage["influence"] = head_influence(model, batches, leakage.influence_probes, leakage.seed)
-    batches = track(_evaluation_batches(config, datasets["val"], leakage.max_images), "same-class and random pairs")
+    batches = track(evaluation_batches(config, datasets["val"], leakage.max_images), "same-class and random pairs")
     evaluation.leakage["pairs"] = pair_accuracies(model, batches, leakage.seed)
 
 
@@ -150,41 +151,25 @@ def _has_running_statistics(model: Detector) -> bool:
     )
 
 
+def estimate_statistics(model: Detector, config: DetectionRunConfig, dataset: CocoInstances) -> None:
+    """Fill the batch norm buffers with precise population statistics of ``evaluation.precise_images`` training images.
+
+    The batches are drawn and grouped as in training, but are not those that training saw. Every rank calls it.
+    """
+    num_batches = math.ceil(config.evaluation.precise_images / config.trainer.total_batch_size)
+    batches = training_batches(config, dataset, max_steps=num_batches, stream=1)
+    with random_numbers_kept(model, config.seed):
+        precise_bn(model, batches, forward=precise_forward, progress=False)
+
+
 @contextmanager
 def _precise_statistics(model: Detector, config: DetectionRunConfig, dataset: CocoInstances) -> Iterator[None]:
-    """Inside, batch norm buffers hold precise population statistics of training batches."""
+    """Inside, batch norm buffers hold precise population statistics; afterwards what they held before."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    num_batches = math.ceil(config.evaluation.precise_images / config.trainer.total_batch_size)
     try:
-        with random_numbers_kept(model, config.seed):
-            precise_bn(model, _training_batches(config, dataset, num_batches), forward=precise_forward, progress=False)
+        estimate_statistics(model, config, dataset)
         yield
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(before[name])
-
-
-def _training_batches(config: DetectionRunConfig, dataset: CocoInstances, num_batches: int) -> Iterable[Any]:
-    """Batches drawn as in training, the same number on every rank (heads may synchronize)."""
-    world_size = get_world_size()
-    return build_train_loader(
-        dataset,
-        config.data,
-        images_per_rank=config.trainer.total_batch_size // world_size,
-        rank=get_rank(),
-        world_size=world_size,
-        seed=config.seed + _STREAM,
-        max_steps=num_batches,
-    )
-
-
-def _evaluation_batches(config: DetectionRunConfig, dataset: CocoInstances, max_images: int) -> Iterable[Any]:
-    return build_eval_loader(
-        dataset,
-        config.data,
-        images_per_batch=config.evaluation.images_per_batch,
-        rank=get_rank(),
-        world_size=get_world_size(),
-        max_images=max_images,
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -10,25 +9,23 @@ from typing import Any
 from torch import Tensor
 
 from leakfree.config.schema import DetectionRunConfig
-from leakfree.data import CocoInstances, build_dataset, build_eval_loader, build_train_loader
+from leakfree.data import CocoInstances, build_dataset
 from leakfree.detection import (
     average_precision,
     build_detector,
     describe_batch,
+    estimate_statistics,
     evaluate_detector,
+    evaluation_batches,
     load_weights,
-    precise_forward,
+    training_batches,
     training_targets,
 )
-from leakfree.detection.inference import random_numbers_kept
-from leakfree.distributed import barrier, get_rank, get_world_size
+from leakfree.distributed import barrier, get_world_size
 from leakfree.errors import ConfigError, DataError
-from leakfree.population import precise_bn
 from leakfree.training.tasks import Evaluation, Track
 
 __all__ = ["DetectionTask"]
-
-_STATISTICS_SEED = 2**31 - 2  # batches like those of training, but not the same
 
 
 class DetectionTask:
@@ -50,7 +47,8 @@ class DetectionTask:
         return describe_batch(self.config, world_size)
 
     def train_batches(self, start_step: int) -> Iterable[Any]:
-        return self._batches(self.config.seed, start_step, self.config.schedule.max_steps)
+        max_steps = self.config.schedule.max_steps
+        return training_batches(self.config, self.datasets["train"], start_step=start_step, max_steps=max_steps)
 
     def losses(self, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> dict[str, Tensor]:
         return self.model(batch[0], training_targets(batch[1]))
@@ -60,40 +58,16 @@ class DetectionTask:
         return {"roi_accuracy": heads.training_accuracy()}
 
     def estimate_statistics(self) -> None:
-        steps = math.ceil(self.config.evaluation.precise_images / self.config.trainer.total_batch_size)
-        batches = self._batches(self.config.seed + _STATISTICS_SEED, 0, steps)
-        with random_numbers_kept(self.model, self.config.seed):
-            precise_bn(self.model, batches, forward=precise_forward, progress=False)
+        estimate_statistics(self.model, self.config, self.datasets["train"])
 
     def validate(self, track: Track) -> dict[str, float | None]:
-        evaluation = self.config.evaluation
-        loader = build_eval_loader(
-            self.datasets["val"],
-            self.config.data,
-            images_per_batch=evaluation.images_per_batch,
-            rank=get_rank(),
-            world_size=get_world_size(),
-            max_images=evaluation.max_images,
-        )
+        loader = evaluation_batches(self.config, self.datasets["val"], self.config.evaluation.max_images)
         batches = track(loader, "AP under population statistics")
         return average_precision(self.model, batches, ["population"])["population"]
 
     def evaluate(self, track: Track) -> Evaluation:
         found = evaluate_detector(self.model, self.config, self.datasets, track=track)
         return Evaluation(found.results, found.leakage, found.notes)
-
-    def _batches(self, seed: int, start_step: int, max_steps: int) -> Iterable[Any]:
-        world_size = get_world_size()
-        return build_train_loader(
-            self.datasets["train"],
-            self.config.data,
-            rank=get_rank(),
-            world_size=world_size,
-            images_per_rank=self.config.trainer.total_batch_size // world_size,
-            seed=seed,
-            start_step=start_step,
-            max_steps=max_steps,
-        )
 
 
 def _open(config: DetectionRunConfig) -> dict[str, CocoInstances]:

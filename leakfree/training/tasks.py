@@ -8,9 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from leakfree.config.schema import RunConfig
-
-__all__ = ["Evaluation", "Numbers", "Task", "Track", "build_task"]
+__all__ = ["Evaluation", "Numbers", "Task", "Track"]
 
 Numbers = dict[str, dict[str, float | None]]
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # (batches, what they are for) -> batches, with progress shown
@@ -58,10 +56,3 @@ class Task(Protocol):
 
     def evaluate(self, track: Track) -> Evaluation:
         """Everything that the config asks for, of the model as it is."""
-
-
-def build_task(config: RunConfig, weights: str) -> Task:
-    """Build the task that ``config.task`` names, its model loaded from ``weights`` ("" = fresh)."""
-    from leakfree.training.detection import DetectionTask
-
-    return {"detection": DetectionTask}[config.task](config, weights)  # type: ignore[arg-type]

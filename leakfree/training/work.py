@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,17 @@ from leakfree.records import RunRecord, read_record, write_record
 from leakfree.training.buffers import pool_statistics
 from leakfree.training.callbacks import AtomicCheckpoints, Moments
 from leakfree.training.checkpoints import disk_is_full, read_checkpoint
+from leakfree.training.detection import DetectionTask
 from leakfree.training.folder import Start
 from leakfree.training.journal import Journal, peak_memory_mib, timing_of
 from leakfree.training.logs import LOG, StepBar, environment, first_lines, logging_to, result_lines, track
 from leakfree.training.module import TrainingModule, freeze_as_trained, seed_step
 from leakfree.training.ranks import RankPlan, threads_per_rank
-from leakfree.training.tasks import Task, build_task
+from leakfree.training.tasks import Task
 
 __all__ = ["evaluate_on_rank", "train_on_rank"]
+
+_TASKS: dict[str, Callable[..., Task]] = {"detection": DetectionTask}  # by ``config.task``
 
 
 def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
@@ -69,7 +72,7 @@ def _initial_weights(config: RunConfig) -> str:
 
 def _build(config: RunConfig, weights: str) -> Task:
     seed_step(config.seed, 0, 0)  # the same initial weights on every rank
-    return build_task(config, weights)
+    return _TASKS[config.task](config, weights)
 
 
 # -------------------------------------------------------------------------------------- session
