@@ -28,10 +28,11 @@ _EXAMPLES = {
   leakfree train --config-file output/digits/pretrain/config.yaml --resume""",
     "evaluate": """examples:
   leakfree evaluate --config-file output/digits/BNhead_leaky/config.yaml
-  leakfree evaluate --config-file output/digits/BNhead_leaky/config.yaml evaluation.statistics=[precise]""",
+  leakfree evaluate --config-file output/digits/BNhead_leaky/config.yaml \\
+      model.weights=output/digits/BNhead_leaky/model_final.pt output_dir=output/evaluated evaluation.max_images=80""",
     "compare": """examples:
   leakfree compare output/digits/BNhead_leaky output/digits/SyncBNhead
-  leakfree compare output/digits/* -o report.html""",
+  leakfree compare output/digits/*head* -o report.html""",
     "env": """examples:
   leakfree env""",
 }
@@ -178,12 +179,16 @@ def _config(args: argparse.Namespace) -> RunConfig:
         raise UsageError("--config-file FILE is required, like --config-file configs/detection/coco/...yaml")
     if args.num_gpus is not None and args.num_processes is not None:
         raise UsageError("--num-gpus and --num-processes exclude each other: ranks are on GPUs or on CPU")
-    flags = []
+    flag, keys = "", {}
     if args.num_gpus is not None:
-        flags = [f"trainer.num_gpus={args.num_gpus}"]
+        flag, keys = f"--num-gpus {args.num_gpus}", {"trainer.num_gpus": args.num_gpus}
     if args.num_processes is not None:
-        flags = [f"trainer.num_processes={args.num_processes}", "trainer.num_gpus=0"]
-    return load_config(args.config_file, [*flags, *args.overrides])
+        flag = f"--num-processes {args.num_processes}"
+        keys = {"trainer.num_processes": args.num_processes, "trainer.num_gpus": 0}
+    for override in args.overrides:
+        if (key := override.partition("=")[0].strip()) in keys:
+            raise UsageError(f"{flag} and {override} both set {key}; give one of them")
+    return load_config(args.config_file, [*(f"{key}={value}" for key, value in keys.items()), *args.overrides])
 
 
 def _train(args: argparse.Namespace) -> int:

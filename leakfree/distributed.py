@@ -1,9 +1,7 @@
 """Rank facts and the few collectives leakfree needs, on any backend, one process included.
 
 Every function works without a process group (world size 1, no communication), so that layers and
-tests are the same code on a laptop and on a cluster. The collectives that need gradients
-(:func:`all_reduce_sum`, :func:`all_to_all_rows`) never write into the gradient they are handed:
-with a skip connection that gradient also belongs to another branch.
+tests are the same code on a laptop and on a cluster.
 """
 
 from __future__ import annotations
@@ -14,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "all_gather_ints",
     "all_gather_objects",
-    "all_reduce_sum",
     "all_to_all_rows",
     "barrier",
     "broadcast_object",
@@ -85,33 +83,6 @@ def broadcast_object(value: Any, group: Group = None, src: int = 0) -> Any:
     return box[0]
 
 
-class _AllReduceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # Each rank's loss depends on each rank's addend, so the gradients add up in turn.
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-def all_reduce_sum(tensor: Tensor, group: Group = None) -> Tensor:
-    """Sum ``tensor`` over the ranks of ``group``, differentiably; the input is left as it is.
-
-    The gradient is that of the sum of all ranks' losses. Every rank must call it, in the same
-    order, forward and (if any rank's loss needs it) backward.
-    """
-    if not is_distributed(group):
-        return tensor
-    return _AllReduceSum.apply(tensor, group)
-
-
 def _exchange(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     out = rows.new_empty((sum(receive), *rows.shape[1:]))
     dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), group=group)
@@ -126,6 +97,7 @@ class _AllToAllRows(torch.autograd.Function):
         return _exchange(rows, send, receive, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         send, receive = ctx.sizes
         return _exchange(gradient, receive, send, ctx.group), None, None, None

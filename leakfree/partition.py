@@ -55,6 +55,13 @@ class NormalizationScope:
     base: Partition | None = None
     _shared: dict[object, object] = field(default_factory=dict)
 
+    def base_groups(self) -> int | None:
+        """This rank's share of the number of base groups, None without a base: the ranks' shares add up to it."""
+        if self.base is None:
+            return None
+        counted_elsewhere = self.base.synchronized and get_rank(self.base.process_group) > 0
+        return 0 if counted_elsewhere else self.base.num_groups
+
     def share(self, key: object, draw: Callable[[], object]) -> object:
         """Return the value drawn under ``key`` in this scope, drawing it on the first call."""
         if key not in self._shared:

@@ -179,7 +179,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, _Layer]]:
 
 def _communicates(model: nn.Module) -> bool:
     kinds = (nn.SyncBatchNorm, SyncBatchNorm, ShuffleBatchNorm, Shuffled)
-    return any(isinstance(module, kinds) for module in model.modules())
+    return any(isinstance(module, kinds) or getattr(module, "communicates", False) for module in model.modules())
 
 
 @contextmanager

@@ -10,13 +10,15 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from leakfree.errors import RunError
 
-__all__ = ["RunRecord", "read_metrics", "read_record", "write_atomic", "write_record"]
+__all__ = ["RunRecord", "atomic_file", "read_metrics", "read_record", "write_atomic", "write_record"]
 
 FORMAT = 1
 
@@ -47,26 +49,42 @@ class RunRecord:
     format: int = FORMAT
 
 
-def write_atomic(path: str | os.PathLike[str], text: str | bytes) -> None:
-    """Write ``text`` to ``path`` so that a crash at any moment leaves the old file or the new one.
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of ``path`` when the block ends well.
 
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the old file is untouched and no
-            temporary file is left behind.
+    A crash at any moment, an exception or a full disk leaves the old file (or none) and, but for a killed
+    process, no temporary one; those are named ``.<name>.*.tmp``.
     """
     path = Path(path)
-    data = text.encode() if isinstance(text, str) else text
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: str | os.PathLike[str], text: str | bytes) -> None:
+    """Write ``text`` to ``path`` whole or not at all; see :func:`atomic_file`.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file is untouched.
+    """
+    with atomic_file(path) as file:
+        file.write(text.encode() if isinstance(text, str) else text)
+
+
+def _umask() -> int:
+    """What the user takes away from new files; mkstemp takes everything. Reading it means setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _plain(value: Any) -> Any:
@@ -97,8 +115,8 @@ def read_record(folder: str | os.PathLike[str]) -> RunRecord:
     if path.is_dir() or path.suffix != ".json":
         path = path / "record.json"
     try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{path.parent}: not the output folder of a run: it holds no record.json") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RunError(f"{path}: cannot be read as a run's record: {error}") from None
@@ -120,7 +138,7 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(folder) / "metrics.json"
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

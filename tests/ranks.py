@@ -93,7 +93,11 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 raise AssertionError(failure or f"ranks {stuck} hung for {timeout} s")
             for pipe in ready:
                 rank = pending.pop(pipe)  # type: ignore[index, arg-type]
-                ok, value = pipe.recv()  # type: ignore[union-attr]
+                try:
+                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:  # the process died without a word
+                    _stop()
+                    raise AssertionError(f"rank {rank} died") from None
                 results[rank] = value
                 if not ok and not failure:
                     failure = f"rank {rank} raised:\n{value}"

@@ -64,8 +64,10 @@ def test_a_wrong_line_is_one_line_and_exit_code_2(capsys, argv, words):
         (["--num-processes", "3"], ["trainer.total_batch_size", "3 ranks (trainer.num_processes)"]),
         (["--num-gpus", "3"], ["trainer.total_batch_size", "3 ranks (trainer.num_gpus)"]),
         (["--num-gpus=-1"], ["command line: trainer.num_gpus: must be at least 0"]),
-        (["--num-processes", "3", "trainer.num_processes=5"], ["5 ranks"]),  # a written override wins over a flag
-        (["trainer.num_gpus=5", "--num-processes", "2"], ["5 ranks (trainer.num_gpus)"]),
+        (["--num-gpus", "0", "trainer.num_processes=3"], ["3 ranks (trainer.num_processes)"]),  # two different keys
+        (["--num-processes", "2", "trainer.num_processes=2"], ["--num-processes 2 and trainer.num_processes=2 both"]),
+        (["trainer.num_gpus=5", "--num-processes", "2"], ["--num-processes 2 and trainer.num_gpus=5 both set"]),
+        (["--num-gpus", "2", "trainer.num_gpus=4"], ["--num-gpus 2 and trainer.num_gpus=4 both set trainer.num_gpus"]),
     ],
 )
 def test_flags_and_overrides_may_stand_anywhere(capsys, config_file, overrides, words):

@@ -11,7 +11,6 @@ again continues what is unfinished and reuses what is finished.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from rich.table import Table
 from leakfree.errors import LeakfreeError
 from leakfree.records import read_metrics, read_record
 from leakfree.report import compare
+from leakfree.training.ranks import usable_cores
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "detection" / "digits"
 PRETRAIN = "pretrain"
@@ -52,14 +52,19 @@ class Run:
     started: float = 0.0
     seconds: float = 0.0
     state: str = "waiting"
+    reused: bool = False  # an earlier call has finished it
 
     def start(self) -> None:
-        """Start the training; it returns at once where an earlier call has finished this very run."""
+        """Start the training; where an earlier call has finished this very run, it checks that and returns at once."""
+        self.reused = (self.folder / "record.json").is_file() and read_record(self.folder).status == "finished"
         command = [sys.executable, "-m", "leakfree.cli", "train", "--resume", "--num-processes", str(RANKS)]
         command += ["--config-file", str(CONFIGS / f"{self.config}.yaml"), *self.overrides]
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "demo.log", "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            # In a session of its own: Ctrl-C in the terminal reaches it once, through stop().
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            )
         self.started, self.state = time.monotonic(), "running"
 
     def poll(self) -> None:
@@ -71,8 +76,10 @@ class Run:
 
     def progress(self) -> str:
         """What the run is at, from the files it writes."""
+        if self.state == "done":
+            return "reused" if self.reused else f"done in {self.seconds:.0f} s"
         if self.state != "running":
-            return self.state + (f" in {self.seconds:.0f} s" if self.state == "done" else "")
+            return self.state
         rows = read_metrics(self.folder)
         if not rows:
             return "starting"
@@ -141,17 +148,22 @@ def work(runs: list[Run], jobs: int, console: Console) -> None:
 
 
 def stop(runs: list[Run]) -> None:
-    """End what is still running; each run keeps its last checkpoint."""
-    running = [run for run in runs if run.process is not None and run.process.poll() is None]
-    for run in running:
-        assert run.process is not None
-        run.process.send_signal(signal.SIGINT)
-    for run in running:
-        assert run.process is not None
-        try:
-            run.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            run.process.kill()
+    """End what is still running; each run keeps its last checkpoint. A second Ctrl-C does not wait for them."""
+    running = [run.process for run in runs if run.process is not None and run.process.poll() is None]
+    try:
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        end = time.monotonic() + 30
+        while any(process.poll() is None for process in running) and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        for process in running:
+            process.kill()  # nothing where it has ended; its ranks die with it
+
+
+def exit_like_ctrl_c(number: int, frame: object) -> None:
+    """Handle a signal that ends the demo: unwind as Ctrl-C does, so that stop() is reached."""
+    sys.exit(128 + number)
 
 
 def main() -> int:
@@ -163,9 +175,10 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)
     start = time.monotonic()
-    jobs = arguments.jobs or max(
-        1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2) // RANKS
-    )
+    jobs = arguments.jobs or max(1, int(usable_cores()) // RANKS)
+    for name in ("SIGTERM", "SIGHUP"):  # the runs are in sessions of their own: nobody else would stop them
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), exit_like_ctrl_c)
     pretrain, runs = plan(arguments.output, arguments.data, arguments.seeds)
     try:
         console.print(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from leakfree.config.check import Origin
 from leakfree.config.schema import BoxHeadConfig, DetectionRunConfig, MaskHeadConfig, RunConfig
@@ -17,10 +18,11 @@ __all__ = ["RULES", "check_rules"]
 Problems = Iterator[tuple[str, str]]
 
 _BATCH_NORMS = ("BN", "ShuffleBN")  # the norms whose statistics can be shared by random groups
+_ALONE = ("none", "FrozenBN", "GN")  # the norms that mix no RoIs, so grouping them changes nothing
 
 
 def check_rules(config: RunConfig, origin: Origin) -> None:
-    """Raise on the first rule that ``config`` breaks; log a warning for a setting that has no effect.
+    """Raise on the first rule that ``config`` breaks; log a warning for a setting that does nothing.
 
     Raises:
         ConfigError: the message names the key and where it was given.
@@ -89,10 +91,28 @@ def _batch_is_shared_evenly(config: RunConfig) -> Problems:
         yield "trainer.precision", "16-mixed needs GPUs (trainer.num_gpus); valid on CPU: bf16-mixed, 32-true, 64-true"
 
 
+def _image_groups_fill_the_batch(config: RunConfig) -> Problems:
+    if not isinstance(config, DetectionRunConfig) or not config.model.images_per_group:
+        return
+    total, images = config.trainer.total_batch_size, config.model.images_per_group
+    if total % images:
+        near = sorted((size for size in range(1, total + 1) if total % size == 0), key=lambda size: abs(size - images))
+        yield (
+            "model.images_per_group",
+            f"{total} images (trainer.total_batch_size) cannot be split into groups of {images}; nearest that can: "
+            + ", ".join(map(str, sorted(near[:2]))),
+        )
+
+
 def _milestones_increase(config: RunConfig) -> Problems:
     marks = config.schedule.milestones
     if any(not 0 < mark <= 1 for mark in marks) or marks != sorted(set(marks)):
         yield "schedule.milestones", f"must be increasing shares of max_steps, above 0 and at most 1, got {marks}"
+
+
+def _something_is_evaluated(config: RunConfig) -> Problems:
+    if not config.evaluation.statistics:
+        yield "evaluation.statistics", "is empty: name at least one of population, precise, image, random"
 
 
 def _output_is_named(config: RunConfig) -> Problems:
@@ -145,9 +165,40 @@ def _statistics_can_be_shuffled(config: RunConfig) -> Problems:
 
 
 def _settings_without_effect(config: RunConfig) -> Problems:
+    yield from _schedule_without_effect(config)
     for key, head in _heads(config):
         if head.roi_shuffle == "features" and head.norm == "none":
             yield f"{key}.roi_shuffle", "features has no effect: no norm in the head, so no RoI sees another"
+    if not isinstance(config, DetectionRunConfig):
+        return
+    model = config.model
+    for name in _changed(model.box_head, "num_convs", "conv_dim") if model.box_head.name == "2fc" else ():
+        yield f"model.box_head.{name}", "has no effect: a 2fc head has no convolutions (model.box_head.name=4conv1fc)"
+    if model.images_per_group and all(head.norm in _ALONE and head.roi_shuffle == "none" for _, head in _heads(config)):
+        norms = ", ".join(f"{key}.norm={head.norm}" for key, head in _heads(config))
+        yield "model.images_per_group", f"has no effect: no norm of a head shares statistics ({norms})"
+
+
+def _schedule_without_effect(config: RunConfig) -> Problems:
+    optimizer, schedule = config.optimizer, config.schedule
+    if schedule.warmup_steps >= schedule.max_steps:
+        yield (
+            "schedule.warmup_steps",
+            f"{schedule.warmup_steps} steps of warmup in a run of schedule.max_steps={schedule.max_steps}: "
+            "the learning rate never gets to optimizer.lr",
+        )
+    if optimizer.name != "sgd" and _changed(optimizer, "momentum"):
+        yield "optimizer.momentum", f"has no effect with optimizer.name={optimizer.name}: it is for sgd"
+    for name in _changed(schedule, "milestones", "gamma") if schedule.decay != "step" else ():
+        yield f"schedule.{name}", f"has no effect with schedule.decay={schedule.decay}: it is for step"
+    if schedule.freeze_bn_at == 1 and _changed(schedule, "freeze_bn_statistics"):
+        yield "schedule.freeze_bn_statistics", "has no effect with schedule.freeze_bn_at=1: nothing is frozen"
+
+
+def _changed(section: Any, *names: str) -> list[str]:
+    """Those of the fields ``names`` that differ from the schema's default."""
+    default = type(section)()
+    return [name for name in names if getattr(section, name) != getattr(default, name)]
 
 
 def _heads(config: RunConfig) -> list[tuple[str, BoxHeadConfig | MaskHeadConfig]]:
@@ -164,6 +215,8 @@ RULES: list[Callable[[RunConfig], Problems]] = [
     _digits_fit_their_scene,
     _image_sizes_are_positive,
     _batch_is_shared_evenly,
+    _image_groups_fill_the_batch,
+    _something_is_evaluated,
     _milestones_increase,
     _output_is_named,
     _pixels_are_normalized,

@@ -40,6 +40,7 @@ class RoiGroups:
         self.rows_per_image: list[int] = []
         self._draws = 0
         self._scopes = ExitStack()
+        head.communicates = images_per_group > 1  # type: ignore[assignment]  # in training; precise_bn asks
         pool.register_forward_pre_hook(self._note_rows)
         head.register_forward_pre_hook(self._open)
         head.register_forward_hook(self._close, always_call=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leakfree.config.schema import DetectionRunConfig
 from leakfree.data import CocoInstances
@@ -31,6 +31,7 @@ from leakfree.detection.inference import (
 from leakfree.detection.model import has_batch_statistics, statistics_mode
 from leakfree.detection.roi_leakage import head_influence, pair_accuracies, roi_accuracies
 from leakfree.evaluation import CocoAp
+from leakfree.norms import BatchStatBatchNorm
 from leakfree.population import precise_bn
 
 __all__ = ["DetectorEvaluation", "average_precision", "estimate_statistics", "evaluate_detector"]
@@ -66,16 +67,21 @@ def evaluate_detector(
     """
     evaluation = DetectorEvaluation()
     wanted = list(config.evaluation.statistics)
-    stored = [mode for mode in wanted if mode == "population" or (mode != "precise" and has_batch_statistics(model))]
+    can_estimate = _has_running_statistics(model)
+    stored = [mode for mode in wanted if mode in ("image", "random") and has_batch_statistics(model)]
+    if "population" in wanted or ("precise" in wanted and not can_estimate):
+        stored.insert(0, "population")
     if not has_batch_statistics(model):
         evaluation.notes.append("image, random: n.a., the RoI heads have no batch statistics")
+    if any(isinstance(module, BatchStatBatchNorm) for module in model.roi_heads.modules()):
+        evaluation.notes.append("population, precise: BatchStatBN normalizes with the test batch's own statistics")
     _measure(evaluation, model, config, datasets, stored, track)
     if config.leakage.enabled:
         _measure_mixing(evaluation, model, config, datasets, track)
-    if "precise" in wanted and _has_running_statistics(model):
+    if "precise" in wanted and can_estimate:
         with _precise_statistics(model, config, datasets["train"]):
             _measure(evaluation, model, config, datasets, ["precise"], track)
-    elif "precise" in wanted and "population" in wanted:
+    elif "precise" in wanted:
         evaluation.notes.append("precise: no statistics to re-estimate (none, or frozen), so it is population")
         for values in evaluation.leakage.values():
             if "population" in values:
@@ -142,12 +148,12 @@ def average_precision(
 
 
 def _has_running_statistics(model: Detector) -> bool:
-    """Whether ``precise_bn`` has a layer to estimate."""
+    """Whether the RoI heads have statistics that ``precise_bn`` estimates."""
     return any(
         isinstance(module, nn.modules.batchnorm._BatchNorm)
         and module.running_mean is not None
         and not getattr(module, "frozen", False)
-        for module in model.modules()
+        for module in model.roi_heads.modules()
     )
 
 
@@ -164,12 +170,21 @@ def estimate_statistics(model: Detector, config: DetectionRunConfig, dataset: Co
 
 @contextmanager
 def _precise_statistics(model: Detector, config: DetectionRunConfig, dataset: CocoInstances) -> Iterator[None]:
-    """Inside, batch norm buffers hold precise population statistics; afterwards what they held before."""
+    """Inside, the batch norms of the RoI heads hold precise population statistics; afterwards what they held before.
+
+    Those of the backbone are left alone: proposals and RoI features are the same under all statistics.
+    """
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         estimate_statistics(model, config, dataset)
+        _put_back(model, {name: value for name, value in before.items() if not name.startswith("roi_heads.")})
         yield
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(before[name])
+        _put_back(model, before)
+
+
+@torch.no_grad()
+def _put_back(model: Detector, values: dict[str, Tensor]) -> None:
+    buffers = dict(model.named_buffers())
+    for name, value in values.items():
+        buffers[name].copy_(value)

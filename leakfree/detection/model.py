@@ -190,7 +190,8 @@ def statistics_mode(model: Any, mode: str, *, seed: int = 0) -> Iterator[None]:
     """Evaluate the RoI heads under one kind of statistics; the same weights otherwise.
 
     Args:
-        mode: "population" or "precise" (the stored buffers, whatever filled them), "image"
+        mode: "population" or "precise" (the model as it is: stored buffers, whatever filled them; a BatchStatBN
+            head uses the batch's own), "image"
             (mini-batch statistics of the images a training group holds, at least one), "random" (of
             as many random groups over the rank's images), "all" (of all of them).
         seed: of the random groups.
@@ -215,15 +216,14 @@ def describe_batch(config: DetectionRunConfig, world_size: int) -> dict[str, Any
     total = config.trainer.total_batch_size
     per_rank = total // world_size
     model = config.model
-    images = model.images_per_group or per_rank
+    images = min(model.images_per_group or per_rank, total)
 
     def head(part: BoxHeadConfig | MaskHeadConfig) -> str:
+        given = part.norm_options.get("num_groups") if part.norm == "ShuffleBN" else None
+        num_groups = given or (-(-total // images) if model.images_per_group else max(2, world_size))
         if part.norm == "SyncBN":
             return f"{total} images"
-        if part.norm == "ShuffleBN" or part.roi_shuffle != "none":
-            num_groups = part.norm_options.get("num_groups") or (
-                total // images if model.images_per_group else max(2, world_size)
-            )
+        if part.norm == "ShuffleBN" or (part.norm == "BN" and part.roi_shuffle != "none"):
             return f"RoIs dealt at random into {num_groups} groups over {total} images"
         if part.norm in ("BN", "BatchStatBN"):
             return f"{images} image{'s' if images > 1 else ''}"
@@ -269,7 +269,8 @@ def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None
 
     state = {name: value for name, value in state.items() if wanted(name)}
     expected = {name: value for name, value in own.items() if wanted(name)}
-    missing = [name for name in expected if name not in state]
+    # Frozen norms of torchvision and old checkpoints have no counters.
+    missing = [name for name in expected if name not in state and not name.endswith(".num_batches_tracked")]
     extra = [name for name in state if name not in expected]
     shapes = [
         f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from leakfree.detection.inference import Detector, Images, Targets, evaluating, image_seed, modes_kept, sample_rois
-from leakfree.detection.model import has_batch_statistics, roi_groups, statistics_mode
+from leakfree.detection.model import has_batch_statistics, statistics_mode
 from leakfree.distributed import get_rank, is_distributed
 from leakfree.leakage import cross_sample_influence
 
 __all__ = ["head_influence", "pair_accuracies", "roi_accuracies"]
 
 Batches = Iterable[tuple[Images, Targets]]
+_Image = tuple[Tensor, Tensor]
 
 
 def _hits(model: Detector, features: Tensor, labels: Tensor) -> Tensor:
@@ -53,32 +54,42 @@ def roi_accuracies(model: Detector, batches: Batches, modes: Iterable[str], seed
 
 
 def pair_accuracies(model: Detector, batches: Batches, seed: int) -> dict[str, float | None]:
-    """RoI accuracy when two images share statistics: two of the same class, or any two.
+    """RoI accuracy when two images share statistics: two of the same class, or two at random.
 
-    Both use the same images and group sizes, so the difference is what the companion's class tells. The
-    class of an image is its most frequent one. Images without a partner are left out; each rank pairs
-    its own images.
+    Both numbers are of the same images in groups of the same size, so their difference is what the
+    companion's class tells: images are paired by class (their most frequent one) as they come, and the
+    images of two such pairs are then paired crosswise. Images without partners are left out; each rank
+    pairs its own.
     """
     if not has_batch_statistics(model):
         return {"same_class": None, "random_pair": None}
     counts = {"same_class": torch.zeros(2, dtype=torch.float64), "random_pair": torch.zeros(2, dtype=torch.float64)}
-    waiting: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-    groups = roi_groups(model)[0]
+    single: dict[int, _Image] = {}
+    pair: tuple[_Image, _Image] | None = None
     with evaluating(model), statistics_mode(model, "all"):
-        for images, targets in batches:
-            rois = sample_rois(model, images, targets, seed)
-            rows = zip(rois.features.split(rois.rows_per_image), rois.labels.split(rois.rows_per_image), strict=True)
-            for (features, labels), target in zip(rows, targets, strict=True):
-                if not len(target["labels"]):
-                    continue
-                for kind, slot in (("same_class", int(target["labels"].mode().values)), ("random_pair", 0)):
-                    partner = waiting.pop((kind, slot), None)
-                    if partner is None:
-                        waiting[kind, slot] = (features, labels)
-                        continue
-                    groups.rows_per_image = [len(partner[1]), len(labels)]
-                    counts[kind] += _hits(model, torch.cat([partner[0], features]), torch.cat([partner[1], labels]))
+        for image, class_ in _images(model, batches, seed):
+            if class_ not in single:
+                single[class_] = image
+                continue
+            a, b = single.pop(class_), image
+            if pair is None:
+                pair = (a, b)
+                continue
+            for kind, pairs in (("same_class", ((a, b), pair)), ("random_pair", ((a, pair[0]), (b, pair[1])))):
+                for left, right in pairs:
+                    counts[kind] += _hits(model, torch.cat([left[0], right[0]]), torch.cat([left[1], right[1]]))
+            pair = None
     return {kind: _ratio(count, model) for kind, count in counts.items()}
+
+
+def _images(model: Detector, batches: Batches, seed: int) -> Iterator[tuple[_Image, int]]:
+    """The RoIs (features, labels) of each image that has objects, and its most frequent class."""
+    for images, targets in batches:
+        rois = sample_rois(model, images, targets, seed)
+        rows = zip(rois.features.split(rois.rows_per_image), rois.labels.split(rois.rows_per_image), strict=True)
+        for image, target in zip(rows, targets, strict=True):
+            if len(target["labels"]):
+                yield image, int(target["labels"].mode().values)
 
 
 def head_influence(model: Detector, batches: Batches, num_probes: int, seed: int) -> dict[str, float | None]:

@@ -56,8 +56,9 @@ def cross_sample_influence(
 
     For a sample i and a random direction v: g = d(v . f_i(x)) / dx over the whole batch, and
     influence = sum_{j != i} |g_j|^2 / sum_j |g_j|^2, averaged over the probes. It is taken in the mode
-    the model is in: call ``model.train()`` to measure training. Buffers are put back afterwards, and no
-    parameter receives a gradient.
+    the model is in: call ``model.train()`` to measure training. Buffers of a module are put back afterwards
+    (those a plain callable hides are not), and no parameter receives a gradient. A path that is cut off
+    from the gradient (a detached batch mean) is not seen.
 
     Across ranks: all ranks call it, each with its batch (not empty everywhere); probes walk over the
     ranks' samples and energies are summed over ranks, so statistics shared between ranks count.

@@ -11,7 +11,7 @@ from torch import nn
 from leakfree.errors import ConfigError
 from leakfree.norms.frozen import FrozenBatchNorm
 from leakfree.norms.partitioned import PartitionedBatchNorm
-from leakfree.norms.registry import NORMS, build_norm
+from leakfree.norms.registry import NORMS, accepted_options, build_norm
 
 __all__ = ["convert_norms"]
 
@@ -44,20 +44,28 @@ def _source_dim(module: nn.Module, path: str) -> int | None:
 
 
 def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the parameters and buffers of ``old`` (the same Parameter objects where it can)."""
+    """Give ``new`` the state of ``old``: the same Parameter objects, copies of the buffers, mode, frozenness."""
+    for name in ("weight", "bias"):
+        source, target = getattr(old, name, None), getattr(new, name, None)
+        if source is None:
+            if target is not None and getattr(old, "weight", None) is not None:  # torch's bias=False
+                setattr(new, name, None)
+        elif isinstance(source, nn.Parameter):
+            setattr(new, name, source)
+        elif target is not None:  # the buffers of torchvision's and detectron2's frozen norms
+            target.data.copy_(source)
+        parameter = getattr(new, name, None)
+        if isinstance(new, FrozenBatchNorm) and parameter is not None:
+            parameter.requires_grad_(new.affine_trainable)
+        elif isinstance(old, FrozenBatchNorm) and parameter is not None:
+            parameter.requires_grad_(True)
     with torch.no_grad():
-        for name in ("weight", "bias"):
-            source, target = getattr(old, name, None), getattr(new, name, None)
-            if source is None or target is None:
-                continue
-            if isinstance(source, nn.Parameter) and not isinstance(new, FrozenBatchNorm):
-                setattr(new, name, source)
-            else:
-                target.copy_(source)
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             source, target = getattr(old, name, None), getattr(new, name, None)
             if source is not None and target is not None:
                 target.copy_(source)
+    if getattr(old, "frozen", False) and isinstance(new, PartitionedBatchNorm):
+        new.frozen = True
     new.train(old.training)
 
 
@@ -65,9 +73,11 @@ def convert_norms(model: nn.Module, name: str, where: str | None = None, **optio
     """Replace the batch norms of ``model`` by the norm ``name``, in place.
 
     Converts torch's BatchNorm1d/2d/3d and SyncBatchNorm, leakfree's own, and the FrozenBatchNorm2d of
-    torchvision and detectron2. Weights, buffers, device, dtype, eps, momentum and train/eval mode are
-    kept; eval outputs do not change between batch norms of any kind. To go back, convert to "BN".
-    To a norm without buffers (GN) only weight and bias carry over.
+    torchvision and detectron2. Parameters (the same objects), buffers, device, dtype, eps, momentum,
+    train/eval mode and frozenness are kept; eval outputs do not change between batch norms of any kind.
+    To go back, convert to "BN": from FrozenBN that makes weight and bias trainable. A norm without
+    running statistics (GN) takes over only weight and bias, and there is no way back from it.
+    Hooks registered on a replaced norm are not carried over.
 
     Args:
         where: a regular expression searched in module paths; None converts all.
@@ -77,8 +87,8 @@ def convert_norms(model: nn.Module, name: str, where: str | None = None, **optio
         ``model``, or its replacement when the model itself is a norm.
 
     Raises:
-        ConfigError: unknown name or option; a batch norm subclass that may do more than normalize, by
-            module path; ``where`` matches no batch norm.
+        ConfigError: unknown name or option; a batch norm subclass that may do more than normalize, or
+            one without running statistics to freeze, by module path; ``where`` matches no batch norm.
     """
     found = [(path, module) for path, module in model.named_modules() if _is_batch_norm(module)]
     chosen = [(path, module) for path, module in found if where is None or re.search(where, path)]
@@ -89,6 +99,8 @@ def convert_norms(model: nn.Module, name: str, where: str | None = None, **optio
     replaced: dict[nn.Module, nn.Module] = {}
     for path, old in chosen:
         dim = _source_dim(old, path or "model")
+        if name == "FrozenBN" and getattr(old, "running_mean", None) is None:
+            raise ConfigError(f"{path or 'model'}: has no running statistics to freeze (track_running_stats=False)")
         device, dtype = _placement(old)
         settings = _inherited(old, name)
         new = build_norm(name, _num_features(old), dim=dim, **{**settings, **options})  # type: ignore[arg-type]
@@ -116,15 +128,6 @@ def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def _inherited(old: nn.Module, name: str) -> dict[str, Any]:
     """Settings of ``old`` that the new norm takes as well."""
-    kept: dict[str, Any] = {"eps": old.eps}
-    target = NORMS.get(name) if name in NORMS else None
-    if isinstance(old, nn.modules.batchnorm._BatchNorm) and isinstance(target, type):
-        if issubclass(target, nn.modules.batchnorm._BatchNorm):
-            kept |= {
-                "momentum": old.momentum,
-                "affine": old.affine,
-                "track_running_stats": old.track_running_stats,
-            }
-        elif name == "GN":
-            kept["affine"] = old.affine
-    return kept
+    known = ("eps", "momentum", "affine", "track_running_stats", "process_group")
+    accepted = accepted_options(NORMS.get(name)) if name in NORMS else None
+    return {key: getattr(old, key) for key in known if key in (accepted or ()) and hasattr(old, key)}

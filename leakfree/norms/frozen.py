@@ -18,33 +18,51 @@ class FrozenBatchNorm(nn.Module):
     Args:
         num_features: C of an input (N, C, *).
         affine_trainable: whether weight and bias receive gradients (detectron2: no).
+        affine: whether there are a weight and a bias.
+        momentum: unused here; kept for the way back to a batch norm.
 
     Reference: Wu & Johnson 2021, section 4.3; detectron2 ``FrozenBatchNorm2d``.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
 
     def __init__(
-        self, num_features: int, *, dim: int | None = None, eps: float = 1e-5, affine_trainable: bool = False
+        self,
+        num_features: int,
+        *,
+        dim: int | None = None,
+        eps: float = 1e-5,
+        affine_trainable: bool = False,
+        affine: bool = True,
+        momentum: float | None = 0.1,
     ) -> None:
         super().__init__()
         self.num_features = num_features
         self.dim = dim
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_features), requires_grad=affine_trainable)
-        self.bias = nn.Parameter(torch.zeros(num_features), requires_grad=affine_trainable)
+        self.affine = affine
+        self.affine_trainable = affine_trainable
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(num_features), requires_grad=affine_trainable) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features), requires_grad=affine_trainable) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features) - eps)
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, affine_trainable={self.weight.requires_grad}"
+        return f"{self.num_features}, eps={self.eps}, affine={self.affine}, affine_trainable={self.affine_trainable}"
 
     def forward(self, input: Tensor) -> Tensor:
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32  # of the map; the result is rounded
         shape = (1, -1) + (1,) * (input.ndim - 2)
-        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-        shift = self.bias - self.running_mean * scale
-        dtype = scale.dtype  # half precision: the map runs in float32 and only the result is rounded
+        scale = torch.rsqrt(self.running_var.to(dtype) + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight.to(dtype)
+        shift = -self.running_mean.to(dtype) * scale
+        if self.bias is not None:
+            shift = shift + self.bias.to(dtype)
         return torch.addcmul(shift.view(shape), input.to(dtype), scale.view(shape)).to(input.dtype)

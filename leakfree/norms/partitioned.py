@@ -101,7 +101,9 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
-        partition = _on_device(_base_partition() if self._measured else self.partition(input), input)
+        # In eval without buffers too: evaluations have uneven batches, so nothing may be communicated there.
+        own = self.training and not self._measured
+        partition = _on_device(self.partition(input) if own else _base_partition(), input)
         if partition.groups is not None and len(partition.groups) != len(input):
             raise ValueError(
                 f"{type(self).__name__}: the groups cover {len(partition.groups)} rows, the input has {len(input)}"
@@ -119,7 +121,8 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _forward_native(self, x: Tensor, tracked: bool) -> Tensor:
         """One group on one rank: torch's fused kernel."""
         if not len(x):  # torch's kernel takes no empty batch on every device; the graph must stay connected
-            return x * 1.0 if self.weight is None else x * _column(self.weight, x) + _column(self.bias, x)
+            y = x if self.weight is None else x * _column(self.weight, x)
+            return (y if self.bias is None else y + _column(self.bias, x)).to(x.dtype)
         if not tracked:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         assert self.num_batches_tracked is not None
@@ -186,7 +189,8 @@ class SyncBatchNorm(PartitionedBatchNorm):
 
     Equals BN on the concatenated batch: output, gradients and buffers (torch's ``SyncBatchNorm``
     definition; detectron2's ``NaiveSyncBatchNorm`` weighs ranks equally instead). Runs on CPU too.
-    Every rank must run it equally often.
+    Every rank must run it equally often, and the inputs of all ranks, empty ones too, must agree on
+    whether they need a gradient (behind a layer with weights they do).
     """
 
     def __init__(
@@ -227,11 +231,13 @@ class ShuffleBatchNorm(PartitionedBatchNorm):
     """ShuffleBN: balanced random groups over the rows of all ranks; no row moves.
 
     Equals shuffle -> BN per rank -> unshuffle (MoCo, He et al. 2020, section 3.3; RoI shuffle, Wu &
-    Johnson 2021, section 6) in output, gradients and buffers, at the cost of two small all-reduces.
-    Works in one process. Layers inside one :func:`leakfree.partition.normalization_scope` share one
-    draw per forward, as if the rows had moved; outside, each layer draws for itself.
+    Johnson 2021, section 6) in output and gradients, at the cost of two small all-reduces; the buffers
+    receive the pooled moments of all groups, alike on every rank. Works in one process. Layers inside
+    one :func:`leakfree.partition.normalization_scope` share one draw per forward, as if the rows had
+    moved; outside, each layer draws for itself.
 
-    The draw is a function of ``seed`` and ``num_batches_tracked``, so a checkpoint continues it.
+    The draw is a function of ``seed`` and ``num_batches_tracked``, so a checkpoint continues it. Under
+    activation checkpointing the recomputed forward would draw again: keep the layer outside of it.
 
     Args:
         num_groups: over all ranks; by default as many as the enclosing scope's base groups, else the
@@ -268,8 +274,9 @@ class ShuffleBatchNorm(PartitionedBatchNorm):
         if scope is None:
             draw = self._draw(len(x), None)
         else:
-            base = scope.base.num_groups if scope.base is not None else None
-            shared = scope.share(("shuffle", self.num_groups, self.seed), lambda: self._draw(len(x), base))
+            shared = scope.share(
+                ("shuffle", self.num_groups, self.seed), lambda: self._draw(len(x), scope.base_groups())
+            )
             assert isinstance(shared, GroupDraw)
             draw = shared
         if draw.num_groups == 1:
@@ -289,11 +296,12 @@ class ShuffleBatchNorm(PartitionedBatchNorm):
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, every batch norm of ``model`` normalizes with the batch's own statistics, in any mode.
+    """Inside, every :class:`PartitionedBatchNorm` of ``model`` normalizes with the batch's own statistics, in any mode.
 
-    Groups are those of the enclosing :func:`leakfree.partition.normalization_scope` (one group
-    without), whatever the layer's own partition: the same checkpoint can be measured under per-image
-    and under random groups. Buffers are neither read nor written; frozen layers take part.
+    Other norms (torch's own, FrozenBatchNorm) stay as they are; convert them first. Groups are those of
+    the enclosing :func:`leakfree.partition.normalization_scope` (one group without), whatever the layer's
+    own partition: the same checkpoint can be measured under per-image and under random groups. Buffers are
+    neither read nor written; frozen layers take part.
     """
     layers = [module for module in model.modules() if isinstance(module, PartitionedBatchNorm)]
     before = [layer._measured for layer in layers]

@@ -18,7 +18,7 @@ from leakfree.norms.partitioned import (
     SyncBatchNorm,
 )
 
-__all__ = ["NORMS", "build_norm"]
+__all__ = ["NORMS", "accepted_options", "build_norm"]
 
 NORMS = Registry("NORMS")
 NORMS.__doc__ = """
@@ -57,17 +57,18 @@ for _name, _norm in {
     NORMS._do_register(_name, _norm)
 
 
-def _option_names(norm: Any) -> set[str] | None:
-    """Keyword options a registered norm takes, with those its base classes take; None = anything."""
+def accepted_options(norm: Any) -> set[str] | None:
+    """Names of the options that a registered norm takes, those of its base classes included; None = anything."""
     names: set[str] = set()
     for cls in norm.__mro__ if inspect.isclass(norm) else (norm,):
-        if cls is nn.modules.batchnorm._BatchNorm or cls is nn.Module or cls is object:
+        if cls in (nn.modules.batchnorm._BatchNorm, nn.Module, object):
             break
-        parameters = inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters.values()
-        names |= {item.name for item in parameters if item.kind is item.KEYWORD_ONLY}
+        parameters = list(inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters.values())
+        named = [item for item in parameters if item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)]
+        names |= {item.name for item in named} - {"self", "num_features", "dim"}
         if not any(item.kind is item.VAR_KEYWORD for item in parameters):
-            return names - {"dim"}
-    return names - {"dim"} if inspect.isclass(norm) and issubclass(norm, nn.Module) else None
+            return names
+    return names if inspect.isclass(norm) and issubclass(norm, nn.Module) else None
 
 
 def build_norm(name: str, num_features: int, *, dim: int = 2, **options: Any) -> nn.Module:
@@ -85,7 +86,7 @@ def build_norm(name: str, num_features: int, *, dim: int = 2, **options: Any) ->
     if name not in NORMS:
         raise ConfigError(f"unknown norm {name!r}; choose from {choices(name, [key for key, _ in NORMS])}")
     norm = NORMS.get(name)
-    valid = _option_names(norm)
+    valid = accepted_options(norm)
     for option in options:
         if valid is not None and option not in valid:
             raise ConfigError(f"norm {name} has no option {option!r}; it takes {choices(option, valid) or 'none'}")

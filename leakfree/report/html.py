@@ -66,7 +66,7 @@ def render(
         **context,
         title=title or _title(variants),
         command=command,
-        style=Markup((_HERE / "style.css").read_text()),
+        style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         one_class=finding.is_one_class(variants),
         threshold=format_value(LEAK_THRESHOLD, "percent"),
     )

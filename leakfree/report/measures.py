@@ -18,7 +18,8 @@ __all__ = [
 ]  # fmt: skip
 
 # A gap of RoI accuracy above this counts as a visible leak. Over the clean heads and seeds of the regime this
-# package was measured in, the gap stayed below 0.02; the weakest leak there was 0.13.
+# package was measured in, the gap stayed below 0.02; that of the leaky head was 0.43, and that of the same head
+# frozen for the last quarter, where the shortcut is still in the weights, 0.13.
 LEAK_THRESHOLD = 0.05
 
 Read = Callable[[RunRecord], float | None]

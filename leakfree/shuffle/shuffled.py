@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leakfree.distributed import Group
+from leakfree.distributed import Group, all_gather_ints
 from leakfree.partition import Partition, current_scope, normalization_scope
 from leakfree.shuffle.exchange import batch_unshuffle, draw_groups, make_ticket, move
 from leakfree.shuffle.plan import GroupDraw
@@ -88,7 +88,7 @@ class Shuffled(nn.Module):
             return self.module(*args, **kwargs)
         num_rows, device = self._rows((args, kwargs))
         scope = current_scope()
-        base_groups = scope.base.num_groups if scope is not None and scope.base is not None else None
+        base_groups = scope.base_groups() if scope is not None else None
         draw = draw_groups(
             num_rows,
             self.num_groups,
@@ -101,36 +101,47 @@ class Shuffled(nn.Module):
             self.num_draws += 1
         self._check_effect(draw)
         if draw.world_size == 1:  # rows may stay: only their companions change
-            groups = torch.from_numpy(draw.groups).to(device)
-            with normalization_scope(_local_partition(groups, draw.num_groups)):
-                return self.module(*args, **kwargs)
+            with normalization_scope(_local_partition(torch.from_numpy(draw.groups).to(device), draw.num_groups)):
+                output = self.module(*args, **kwargs)
+            self._check_rows(output, num_rows)
+            return output
         ticket = make_ticket(draw, device, self.group)
         args, kwargs = _map_tensors((args, kwargs), lambda tensor, _: move(tensor, ticket), "input")
         with normalization_scope(_local_partition(ticket.groups, ticket.num_groups)):
             output = self.module(*args, **kwargs)
-        num_here = len(ticket.arrival_order)
+        self._check_rows(output, len(ticket.arrival_order))
+        return _map_tensors(output, lambda tensor, _: batch_unshuffle(tensor, ticket), "output")
 
-        def restore(tensor: Tensor, path: str) -> Tensor:
-            if tensor.ndim == 0 or len(tensor) != num_here:
-                raise ValueError(
-                    f"Shuffled: {path} has shape {tuple(tensor.shape)}, but {num_here} rows went in: "
-                    "it is not one result per row and cannot be restored; return it from outside the shuffled module"
-                )
-            return batch_unshuffle(tensor, ticket)
+    def _check_rows(self, output: Any, num_rows: int) -> None:
+        """Refuse what cannot be restored, on every rank at once: the sizes may fit by chance on some."""
+        faults: list[str] = []
 
-        return _map_tensors(output, restore, "output")
+        def look(tensor: Tensor, path: str) -> Tensor:
+            if tensor.ndim == 0 or len(tensor) != num_rows:
+                faults.append(f"{path} has shape {tuple(tensor.shape)}, but {num_rows} rows went in")
+            return tensor
+
+        _map_tensors(output, look, "output")
+        anywhere = [count for (count,) in all_gather_ints([len(faults)], self.group)]
+        if any(anywhere):
+            told = faults[0] if faults else f"an output of rank {next(r for r, n in enumerate(anywhere) if n)}"
+            raise ValueError(
+                f"Shuffled: {told}: it is not one result per row and cannot be restored; "
+                "return it from outside the shuffled module"
+            )
 
     def _check_effect(self, draw: GroupDraw) -> None:
         if draw.num_groups == 1 and not self._warned:
             self._warned = True
             warnings.warn("Shuffled: with a single group the shuffle has no effect; set num_groups >= 2", stacklevel=3)
-        if len(draw.local_groups) > 1:
+        if draw.num_groups > draw.world_size:  # alike on every rank
             for path, inner in self.module.named_modules():
                 # leakfree's batch norms look for groups; torch's own would pool all of them.
                 if isinstance(inner, nn.modules.batchnorm._BatchNorm) and not hasattr(inner, "partition"):
                     raise ValueError(
                         f"Shuffled: {path or 'module'} is a torch {type(inner).__name__}, which cannot normalize "
-                        f'{len(draw.local_groups)} groups on one rank; convert_norms(module, "BN") first'
+                        f"several groups on one rank ({draw.num_groups} groups, {draw.world_size} ranks); "
+                        'convert_norms(module, "BN") first'
                     )
 
     @staticmethod

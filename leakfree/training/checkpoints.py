@@ -9,14 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from leakfree.errors import CheckpointError, RunError
-from leakfree.records import write_atomic
+from leakfree.records import atomic_file, write_atomic
 
 __all__ = [
     "FINAL",
@@ -88,16 +87,10 @@ def write_checkpoint(content: dict[str, Any], path: str | os.PathLike[str]) -> N
     import torch
 
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with atomic_file(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
         reason = _system_error(error)
         if reason is None:
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,16 +29,19 @@ __all__ = ["DetectionTask"]
 
 
 class DetectionTask:
-    """The detector of a config with its data; see :class:`leakfree.training.tasks.Task`."""
+    """The detector of a config with its data; see :class:`leakfree.training.tasks.Task`.
 
-    def __init__(self, config: DetectionRunConfig, weights: str) -> None:
+    Args:
+        weights: checkpoint to load; "" = none.
+        parts: submodules to load from it; none named = all.
+    """
+
+    def __init__(self, config: DetectionRunConfig, weights: str = "", parts: Sequence[str] = ()) -> None:
         self.config = config
         self.datasets = _open(config)
         self.model = build_detector(config, _num_classes(config, self.datasets))
         if weights:
-            # a part-wise start is for training; a checkpoint of this model (to evaluate) is taken whole
-            own = weights == config.model.weights
-            load_weights(self.model, weights, config.model.weights_parts if own else ())
+            load_weights(self.model, weights, parts)
 
     def faults(self) -> list[str]:
         return [f"data.{split}: {data.problems}" for split, data in self.datasets.items() if len(data.problems)]

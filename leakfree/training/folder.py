@@ -6,6 +6,7 @@ process at a time. Torch-free: it runs before any rank starts.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -36,6 +37,13 @@ _FREE = {
     "trainer.log_period",
     "trainer.eval_period",
 }
+
+
+# Names that records.atomic_file gives to files of ours before they are whole.
+_HALF_WRITTEN = [
+    f".{name}.*.tmp"
+    for name in ("checkpoint_*.pt", FINAL, "last_checkpoint", "record.json", "config.yaml", "metrics.json")
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,11 @@ def locked(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise RunError(
+                    f"output_dir: {folder} cannot be locked ({error.strerror}); choose a file system with locks"
+                ) from None
             holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
             raise RunError(
                 f"output_dir: another process (pid {holder or 'unknown'}) is writing to {folder}; "
@@ -96,8 +108,9 @@ def start_of_training(config: RunConfig, folder: Path, world_size: int, *, resum
         RunError: the folder holds other work, or this run's and ``resume`` was not asked for.
         CheckpointError: every checkpoint is damaged.
     """
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    for pattern in _HALF_WRITTEN:
+        for leftover in folder.glob(pattern):
+            leftover.unlink(missing_ok=True)
     record = _record_of(folder)
     has_work = bool(list_checkpoints(folder)) or (record is not None and record.status == "finished")
     if not has_work:
@@ -197,7 +210,8 @@ def start_of_evaluation(config: RunConfig, folder: Path) -> Start:
     differing = [item for item in diff_configs(record.config, config_to_dict(config)) if not _evaluation_key(item[0])]
     if differing:
         raise RunError(
-            f"output_dir: {folder} holds a run of another config: {_listed(differing)}; choose another output_dir"
+            f"output_dir: {folder} holds a run of another config: {_listed(differing)}; choose another output_dir "
+            f"(and name the checkpoint in model.weights)"
         )
     own = str(record.config.get("model", {}).get("weights", ""))
     if not _is_training(record):
@@ -211,7 +225,13 @@ def start_of_evaluation(config: RunConfig, folder: Path) -> Start:
             f"output_dir: {folder} holds a training, whose record is about {path.name}; "
             f"to evaluate {asked} choose another output_dir"
         )
-    return Start(trained_step(path, config), str(path), notices=(*notices, f"evaluating {path}"))
+    step, recorded = trained_step(path, config), record.timing["steps"]
+    if step != recorded and record.results:
+        raise RunError(
+            f"output_dir: {folder} has numbers of step {recorded:.0f}, but its newest undamaged checkpoint is "
+            f"{path.name}; choose another output_dir, with model.weights={path}"
+        )
+    return Start(step, str(path), notices=(*notices, f"evaluating {path}"))
 
 
 def _existing(path: str) -> str:
@@ -221,4 +241,5 @@ def _existing(path: str) -> str:
 
 
 def _evaluation_key(key: str) -> bool:
-    return key in _FREE or key == "model.weights" or key.split(".")[0] in ("evaluation", "leakage")
+    """What to measure may differ from the record's; how, on which images say, may not: numbers stand side by side."""
+    return key in _FREE or key in ("model.weights", "evaluation.statistics", "leakage.enabled")

@@ -170,10 +170,8 @@ def _processor() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def first_lines(record: RunRecord, folder: Path) -> list[str]:
-    """The head of the log: who runs, with what, on which three batch sizes."""
-    found = record.environment
-    batch = record.batch
+def first_lines(found: dict[str, Any], batch: dict[str, Any], folder: Path) -> list[str]:
+    """The head of the log: who runs (``found`` by :func:`environment`), with what, on which three batch sizes."""
     normalization = "; ".join(f"{part}: {size}" for part, size in batch.get("normalization", {}).items())
     return [
         f"rank 0 of {found['world_size']} on {found['device']}, {found['num_threads']} threads per rank",

@@ -30,7 +30,7 @@ from leakfree import errors
 from leakfree.config.schema import TrainerConfig
 from leakfree.errors import ConfigError, LeakfreeError
 
-__all__ = ["RankError", "RankPlan", "plan_ranks", "run_ranks", "threads_per_rank"]
+__all__ = ["RankError", "RankPlan", "plan_ranks", "run_ranks", "threads_per_rank", "usable_cores"]
 
 _GRACE = 3.0  # seconds the other ranks have to tell what they saw, once one has failed
 _LONGEST = 20_000  # characters of a traceback; a pipe holds 64 KiB
@@ -65,15 +65,19 @@ def plan_ranks(trainer: TrainerConfig) -> RankPlan:
     """The ranks that ``trainer`` asks for, or those that a launcher such as torchrun has made.
 
     Raises:
-        ConfigError: more GPUs than this machine has, or a total batch that the ranks cannot share.
+        ConfigError: more GPUs than this machine has, a total batch that the ranks cannot share, or a launcher's
+            RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE that is no number.
     """
     gpus = trainer.num_gpus > 0
     local_size = trainer.num_gpus or trainer.num_processes
     world_size = local_size
     joined = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if joined:
-        world_size = int(os.environ["WORLD_SIZE"])
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", min(local_size, world_size)))
+        world_size = _from_launcher("WORLD_SIZE", low=1)
+        here = "LOCAL_WORLD_SIZE" in os.environ
+        local_size = _from_launcher("LOCAL_WORLD_SIZE", low=1) if here else min(local_size, world_size)
+        for name in ("RANK", "LOCAL_RANK"):
+            _from_launcher(name, low=0)
     if gpus:
         import torch
 
@@ -89,17 +93,30 @@ def plan_ranks(trainer: TrainerConfig) -> RankPlan:
     return RankPlan(world_size, local_size, gpus, joined)
 
 
+def _from_launcher(name: str, low: int) -> int:
+    text = os.environ[name].strip()
+    if not (text.isascii() and text.isdigit()) or int(text) < low:
+        raise ConfigError(
+            f"environment variable {name}: got {os.environ[name]!r}, must be a whole number of at least {low}; "
+            "a launcher such as torchrun sets it: without one, unset RANK, LOCAL_RANK and WORLD_SIZE"
+        )
+    return int(text)
+
+
 def threads_per_rank(plan: RankPlan, wanted: int) -> int:
     """CPU threads of each rank: ``wanted``, or the cores this job may use shared by its local ranks."""
-    if wanted:
-        return wanted
+    return wanted or max(1, math.floor(usable_cores() / plan.local_size))
+
+
+def usable_cores() -> float:
+    """CPU cores this process may use: those it may run on, or its container's share where that is less."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     limit = Path("/sys/fs/cgroup/cpu.max")  # a container may own fewer cores than it sees
     if limit.is_file():
         quota, _, period = limit.read_text().partition(" ")
         if quota.isdigit():
             cores = min(cores, int(quota) / int(period))
-    return max(1, math.floor(cores / plan.local_size))
+    return cores
 
 
 def run_ranks(plan: RankPlan, function: Callable[..., None], *args: Any) -> None:

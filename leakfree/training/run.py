@@ -131,5 +131,5 @@ def _tell_interrupted(config: RunConfig, folder: Path) -> None:
     done = f"step {trained_step(saved[0], config)} of {config.schedule.max_steps} is saved in {folder}" if saved else ""
     line = f"interrupted: {done or 'nothing is saved yet'}; the same command with --resume goes on from there"
     print(("\n" if sys.stderr.isatty() else "") + line, file=sys.stderr)  # below what a bar left
-    with (folder / "log.txt").open("a") as log:
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
         log.write(line + "\n")

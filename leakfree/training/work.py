@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ _TASKS: dict[str, Callable[..., Task]] = {"detection": DetectionTask}  # by ``co
 def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
     """Train from ``start`` to the end, evaluate, and record it; every rank runs this."""
     with _session(config, plan, start) as session:
-        task = _build(config, "" if start.weights else _initial_weights(config))
+        task = _build(config, *(("", ()) if start.weights else _initial_weights(config)))
         session.open(task, steps=start.step)
         module = TrainingModule(task, config)
         if start.step < config.schedule.max_steps:
@@ -59,20 +59,22 @@ def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
 def evaluate_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
     """Evaluate the weights of ``start`` and record it; every rank runs this."""
     with _session(config, plan, start) as session:
-        task = _build(config, start.weights)
+        task = _build(config, start.weights, ())  # the whole of it, whatever a training would start from
         freeze_as_trained(task.model, read_checkpoint(start.weights))
         session.open(task, steps=None)
         session.evaluate(task)
         session.close(task)
 
 
-def _initial_weights(config: RunConfig) -> str:
-    return str(getattr(getattr(config, "model", None), "weights", ""))
+def _initial_weights(config: RunConfig) -> tuple[str, Sequence[str]]:
+    """The checkpoint that a training starts from, and the parts it takes of it."""
+    model: Any = getattr(config, "model", None)
+    return str(getattr(model, "weights", "")), getattr(model, "weights_parts", ())
 
 
-def _build(config: RunConfig, weights: str) -> Task:
+def _build(config: RunConfig, weights: str, parts: Sequence[str]) -> Task:
     seed_step(config.seed, 0, 0)  # the same initial weights on every rank
-    return _TASKS[config.task](config, weights)
+    return _TASKS[config.task](config, weights, parts)
 
 
 # -------------------------------------------------------------------------------------- session
@@ -132,8 +134,7 @@ class _Session:
         known = (self.folder / "record.json").exists()
         found = environment(self.device, self.threads)
         if known and steps is None:
-            self.record = read_record(self.folder)
-            self._make_room(config_to_dict(self.config))
+            self.record = read_record(self.folder)  # an evaluation adds to what is there; the config stays the run's
         else:
             timing = read_record(self.folder).timing if known and steps else {}
             self.record = RunRecord(
@@ -148,20 +149,11 @@ class _Session:
             )
             save_config(self.config, self.folder / "config.yaml")
             write_record(self.folder, self.record)
-        for line in (*first_lines(self.record, self.folder), *self.start.notices):
+        batch = task.describe_batch(found["world_size"])
+        for line in (*first_lines(found, batch, self.folder), *self.start.notices):
             (LOG.warning if "damaged" in line else LOG.info)("%s", line)
         for line in task.faults():
             LOG.warning("%s", line)
-
-    def _make_room(self, config: dict[str, Any]) -> None:
-        """An evaluation adds statistics to those in the record, unless it measures otherwise (on other images, say):
-        then the record's numbers go, since they could not be compared."""
-        assert self.record is not None
-        choice = {"statistics": None, "enabled": None}  # what to measure, not how
-        for key in ("evaluation", "leakage"):
-            if {**self.record.config.get(key, {}), **choice} != {**config[key], **choice}:
-                self.record.results, self.record.leakage, self.record.notes = {}, {}, []
-            self.record.config[key] = config[key]
 
     def note_steps(self, steps: int, seconds: float) -> None:
         """A checkpoint of ``steps`` steps is on disk."""

@@ -1,9 +1,11 @@
 """What several keys must satisfy together."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
+from leakfree.config import load_config
 from leakfree.config.overrides import parse_override
 from leakfree.config.rules import check_rules
 from leakfree.config.schema import DetectionRunConfig
@@ -45,6 +47,9 @@ CONV = "model.box_head.name=4conv1fc"
         (["trainer.num_processes=3"], "trainer.total_batch_size", ["16", "3 ranks", "num_processes", "15, 18"]),
         (["trainer.num_gpus=32"], "trainer.total_batch_size", ["16", "32 ranks", "num_gpus", "32"]),
         (["trainer.precision=16-mixed"], "trainer.precision", ["GPUs", "bf16-mixed"]),
+        (["model.images_per_group=3"], "model.images_per_group", ["16 images", "groups of 3", "can: 2, 4"]),
+        (["model.images_per_group=32"], "model.images_per_group", ["16 images", "groups of 32", "can: 8, 16"]),
+        (["evaluation.statistics=[]"], "evaluation.statistics", ["is empty", "population, precise, image, random"]),
         (["schedule.milestones=[0.9, 0.6]"], "schedule.milestones", ["increasing"]),
         (["schedule.milestones=[1.5]"], "schedule.milestones", ["at most 1"]),
         (["output_dir= "], "output_dir", ["is empty"]),
@@ -81,6 +86,13 @@ def test_a_broken_rule_is_one_line_with_place_and_key(overrides, key, words):
         [CONV, "model.box_head.norm=ShuffleBN", "model.box_head.roi_shuffle=statistics"],
         [CONV, "model.box_head.norm=BN", "model.box_head.roi_shuffle=features"],
         ["model.mask_head.roi_shuffle=statistics", "model.mask_head.enabled=false"],
+        ["model.images_per_group=16", "model.mask_head.norm=BatchStatBN"],
+        ["model.images_per_group=2", "model.mask_head.norm=SyncBN"],  # groups of 2 when it is measured
+        ["schedule.max_steps=1001"],
+        ["optimizer.momentum=0.8"],
+        ["schedule.gamma=0.2", "schedule.milestones=[0.5]"],
+        ["schedule.freeze_bn_statistics=ema", "schedule.freeze_bn_at=0.9"],
+        [CONV, "model.box_head.num_convs=2", "model.box_head.conv_dim=64"],
     ],
 )
 def test_what_keeps_the_rules_passes_without_a_word(overrides, caplog):
@@ -92,3 +104,41 @@ def test_shuffling_a_head_without_norm_is_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         check("model.box_head.roi_shuffle=features")
     assert "model.box_head.roi_shuffle: features has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "words"),
+    [
+        (
+            ["schedule.max_steps=1000"],
+            "schedule.warmup_steps",
+            "1000 steps of warmup in a run of schedule.max_steps=1000",
+        ),
+        (["optimizer.name=adamw", "optimizer.momentum=0.8"], "optimizer.momentum", "optimizer.name=adamw"),
+        (["schedule.decay=cosine", "schedule.gamma=0.2"], "schedule.gamma", "schedule.decay=cosine"),
+        (["schedule.decay=constant", "schedule.milestones=[0.5]"], "schedule.milestones", "schedule.decay=constant"),
+        (["schedule.freeze_bn_statistics=ema"], "schedule.freeze_bn_statistics", "schedule.freeze_bn_at=1"),
+        (["model.box_head.num_convs=2"], "model.box_head.num_convs", "a 2fc head has no convolutions"),
+        (["model.box_head.conv_dim=64"], "model.box_head.conv_dim", "a 2fc head has no convolutions"),
+        (["model.images_per_group=2"], "model.images_per_group", "model.box_head.norm=none, model.mask_head.norm=none"),
+        (["model.images_per_group=2", "model.mask_head.norm=GN"], "model.images_per_group", "model.mask_head.norm=GN"),
+        (
+            ["model.images_per_group=2", "model.mask_head.norm=BN", "model.mask_head.enabled=false"],
+            "model.images_per_group",
+            "no norm of a head shares statistics (model.box_head.norm=none)",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_one_warning_and_no_error(overrides, key, words, caplog):
+    with caplog.at_level(logging.WARNING):
+        check(*overrides)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"leakfree: warning: a.yaml:7: {key}: ")
+    assert words in record.getMessage()
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_no_shipped_config_holds_a_setting_without_effect(path, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_config(path)
+    assert caplog.text == ""

@@ -4,7 +4,7 @@ import torchvision
 from torch import nn
 
 from leakfree.errors import ConfigError
-from leakfree.norms import FrozenBatchNorm, GroupNorm, PartitionedBatchNorm, convert_norms
+from leakfree.norms import NORMS, FrozenBatchNorm, GroupNorm, PartitionedBatchNorm, convert_norms
 
 
 def _trained():
@@ -75,3 +75,60 @@ class _WithActivation(nn.BatchNorm2d):
 def test_a_subclass_that_may_do_more_is_refused_by_path():
     with pytest.raises(ConfigError, match=r"block\.norm: cannot convert .*_WithActivation"):
         convert_norms(nn.ModuleDict({"block": nn.ModuleDict({"norm": _WithActivation(3)})}), "SyncBN")
+
+
+def test_frozen_layers_stay_frozen():
+    model = convert_norms(nn.Sequential(nn.BatchNorm2d(3)), "BN")
+    model[0].frozen = True
+    convert_norms(model, "SyncBN")
+    before = model[0].running_mean.clone()
+    model.train()(torch.randn(4, 3, 2, 2))
+    assert torch.equal(model[0].running_mean, before)
+
+
+def test_the_way_through_frozen_and_back_keeps_what_trains():
+    model = nn.Sequential(nn.BatchNorm2d(3, momentum=0.01))
+    weight = model[0].weight
+    convert_norms(model, "FrozenBN")
+    assert model[0].weight is weight
+    assert not weight.requires_grad
+    convert_norms(model, "BN")
+    assert model[0].weight is weight
+    assert weight.requires_grad
+    assert model[0].momentum == 0.01
+
+
+@pytest.mark.parametrize("name", ["BN", "SyncBN", "FrozenBN"])
+@pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}])
+def test_missing_weights_stay_missing(name, options):
+    source = nn.BatchNorm2d(3, **options)
+    source(torch.randn(8, 3, 2, 2) * 3 + 1)
+    x = torch.randn(2, 3, 2, 2)
+    expected = source.eval()(x)
+    for target in (name, "BN"):
+        source = convert_norms(source, target)
+        assert source.bias is None
+        assert (source.weight is None) == ("affine" in options)
+        torch.testing.assert_close(source(x), expected)
+
+
+def test_nothing_to_freeze_is_refused_by_path():
+    model = nn.ModuleDict({"n": nn.BatchNorm2d(3, track_running_stats=False)})
+    with pytest.raises(ConfigError, match=r"^n: has no running statistics to freeze"):
+        convert_norms(model, "FrozenBN")
+
+
+class _Own(nn.Module):
+    def __init__(self, num_features, dim=2, gain=1.0):
+        super().__init__()
+        self.gain = gain
+
+
+def test_a_users_norm_gets_only_the_options_it_takes():
+    NORMS._do_register("Own", _Own)
+    try:
+        assert convert_norms(nn.Sequential(nn.BatchNorm2d(3)), "Own", gain=2.0)[0].gain == 2.0
+        with pytest.raises(ConfigError, match="norm Own has no option 'gian'; it takes gain"):
+            convert_norms(nn.Sequential(nn.BatchNorm2d(3)), "Own", gian=2.0)
+    finally:
+        NORMS._obj_map.pop("Own")

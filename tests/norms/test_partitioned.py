@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from leakfree.norms import batch_statistics, build_norm, image_partition, normalization_scope
+from leakfree.shuffle import Shuffled
 from tests.ranks import run_ranks
 
 KINDS = {"BN": {}, "SyncBN": {}, "GhostBN": {"group_size": 4}, "ShuffleBN": {"num_groups": 3}, "BatchStatBN": {}}
@@ -252,3 +253,38 @@ def _all_empty(rank, world_size):
 
 def test_all_ranks_empty_neither_hangs_nor_counts():
     assert run_ranks(_all_empty, 2) == [(0, 0.0), (0, 0.0)]
+
+
+def _groups_over_spanning_images(rank, world_size, images_per_rank, images_per_group):
+    norm = build_norm("ShuffleBN", 3).double()
+    shuffled = Shuffled(build_norm("BN", 3).double())
+    with normalization_scope(image_partition([8] * images_per_rank[rank], images_per_group)):
+        norm(_x(8 * images_per_rank[rank]))
+        shuffled(_x(8 * images_per_rank[rank]))
+    here = shuffled.module.last_groups
+    return norm.last_groups, 1 if here is None else int(here.max()) + 1
+
+
+@pytest.mark.parametrize(("images_per_rank", "images_per_group"), [([1, 1, 1, 1], 2), ([2, 2], 3), ([2, 2], 1)])
+def test_as_many_random_groups_as_base_groups_however_images_lie_on_ranks(images_per_rank, images_per_group):
+    expected = -(-sum(images_per_rank) // images_per_group)
+    results = run_ranks(_groups_over_spanning_images, len(images_per_rank), images_per_rank, images_per_group)
+    counts = torch.cat([groups for groups, _ in results]).bincount()
+    assert len(counts) == expected
+    assert counts.max() - counts.min() <= 1
+    assert sum(here for _, here in results) >= expected  # ranks without a group report one
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_empty_batch_keeps_its_dtype(kind, dtype):
+    assert _norm(kind).float()(torch.zeros(0, 3, 2, 2, dtype=dtype)).dtype == dtype
+
+
+def _uneven_eval(rank, world_size):
+    norm = build_norm("SyncBN", 3, track_running_stats=False).eval()
+    return [norm(_x(dtype=torch.float32)).shape for _ in range(1 + rank)]
+
+
+def test_eval_without_buffers_communicates_nothing():
+    run_ranks(_uneven_eval, 2, timeout=20)

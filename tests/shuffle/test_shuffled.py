@@ -118,3 +118,33 @@ def test_the_count_of_draws_continues_from_a_checkpoint():
     module(x)
     again.load_state_dict(module.state_dict())
     assert torch.equal(module(x), again(x))
+
+
+class _FourRows(nn.Module):
+    def forward(self, x):
+        return x.new_zeros(4, 1)
+
+
+def _fits_by_chance(rank, world_size):
+    with pytest.raises(ValueError, match="cannot be restored"):
+        Shuffled(_FourRows(), 2)(torch.ones(4 - rank, 1))  # 7 rows: 4 meet on one rank, 3 on the other
+    return True
+
+
+def test_a_size_that_fits_on_some_ranks_by_chance_is_refused_on_all():
+    assert run_ranks(_fits_by_chance, 2, timeout=20) == [True, True]
+
+
+def _torch_norm_with_more_groups_than_ranks(rank, world_size):
+    with pytest.raises(ValueError, match="0 is a torch BatchNorm2d"):
+        Shuffled(nn.Sequential(nn.BatchNorm2d(3)), 3)(torch.randn(8, 3, 2, 2))
+    return True
+
+
+def test_a_torch_batch_norm_is_refused_on_all_ranks_at_once():
+    assert run_ranks(_torch_norm_with_more_groups_than_ranks, 2, timeout=20) == [True, True]
+
+
+def test_one_process_refuses_what_ranks_would():
+    with pytest.raises(ValueError, match=r"output\['mean'\] has shape \(\)"):
+        Shuffled(_Mean(), 2)(torch.ones(4, 1))

@@ -174,7 +174,7 @@ def test_evaluation_takes_the_folder_s_own_weights_or_those_it_is_given(config, 
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
         start_of_evaluation(config, tmp_path)
     leave(tmp_path, config, 10, 30)
-    config.evaluation.max_images = 7
+    config.evaluation.statistics = ["image"]
     start = start_of_evaluation(config, tmp_path)  # the training started from pretrained.pt; its result is meant
     assert (start.weights, start.step) == (str(tmp_path / FINAL), 30)
     config.model.weights = str(tmp_path / FINAL)

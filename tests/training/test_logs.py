@@ -48,7 +48,7 @@ def test_the_head_of_the_log_tells_the_three_batch_sizes(tmp_path):
     found = environment(torch.device("cpu"), 2)
     batch = {"total": 16, "per_rank": 8, "normalization": {"box head": "1 image", "mask head": "each RoI alone"}}
     record = RunRecord("run", "detection", "running", 0, {}, found, batch=batch)
-    lines = first_lines(record, tmp_path)
+    lines = first_lines(record.environment, record.batch, tmp_path)
     assert lines[0].startswith("rank 0 of 1 on ")
     assert lines[-1] == (
         "batch: 16 images in total, 8 per rank; normalized together: box head: 1 image; mask head: each RoI alone"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from leakfree.config.schema import TrainerConfig
 from leakfree.errors import ConfigError, DataError
-from leakfree.training.ranks import RankError, RankPlan, plan_ranks, run_ranks, threads_per_rank
+from leakfree.training.ranks import RankError, RankPlan, plan_ranks, run_ranks, threads_per_rank, usable_cores
 
 TWO = RankPlan(world_size=2, local_size=2, gpus=False, joined=False)
 
@@ -128,8 +128,29 @@ def test_a_plan_that_cannot_be(monkeypatch):
         plan_ranks(TrainerConfig())
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("WORLD_SIZE", "two", 1),
+        ("WORLD_SIZE", "0", 1),
+        ("WORLD_SIZE", "", 1),
+        ("RANK", "0.5", 0),
+        ("LOCAL_RANK", "-1", 0),
+        ("LOCAL_WORLD_SIZE", "all", 1),
+    ],
+)
+def test_what_a_launcher_got_wrong_is_one_line(monkeypatch, name, value, least):
+    for key, right in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(key, str(right))
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"variable {name}: got {value!r}, must be .* at least {least}; ") as caught:
+        plan_ranks(TrainerConfig())
+    assert "\n" not in str(caught.value)
+
+
 def test_threads_are_shared_by_the_ranks_of_a_machine():
     cores = len(os.sched_getaffinity(0))
+    assert 0 < usable_cores() <= cores
     assert threads_per_rank(TWO, 3) == 3
     assert 1 <= threads_per_rank(TWO, 0) <= max(1, cores // 2)
     assert threads_per_rank(RankPlan(999, 999, False, False), 0) == 1

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from leakfree.config import load_config
 from leakfree.errors import CheckpointError, RunError
 from leakfree.records import read_record
-from leakfree.training import evaluate, train
+from leakfree.training import evaluate, train, work
 from leakfree.training.detection import DetectionTask
 from leakfree.training.module import seed_step
 from tests.ranks import run_ranks
@@ -269,9 +269,27 @@ def test_evaluate_adds_to_the_record_of_a_training(finished, tmp_path, config_fi
     assert record.leakage == before.leakage
     assert record.timing["steps"] == 6
     assert record.status == "finished"
-    fewer = [*asked, "evaluation.max_images=1"]  # other images: the old numbers cannot stand beside the new
-    record = evaluate(load_config(config_file, [f"output_dir={tmp_path / 'run'}", *fewer]))
-    assert (set(record.results), record.leakage) == ({"random"}, {})
+    assert record.config == before.config  # the run's own: it can still be resumed
+    fewer = [*asked, "evaluation.max_images=1"]  # other images: such numbers cannot stand beside the others
+    with pytest.raises(RunError, match=r"evaluation\.max_images was 2, now 1; choose another output_dir"):
+        evaluate(load_config(config_file, [f"output_dir={tmp_path / 'run'}", *fewer]))
+
+
+def test_evaluate_loads_a_checkpoint_whole_whatever_a_training_would_start_from(finished, make_config):
+    folder, _ = finished
+    asked = ["model.weights_parts=[backbone]", f"model.weights={folder / 'model_final.pt'}"]
+    record = evaluate(make_config("whole", *asked))
+    assert record.results["population"] == read_record(folder).results["population"]
+
+
+def test_numbers_of_two_checkpoints_are_not_mixed(finished, tmp_path, config_file):
+    folder, settings = finished
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "model_final.pt").write_bytes(b"half")
+    with pytest.raises(
+        RunError, match=r"has numbers of step 6, but its newest undamaged checkpoint is checkpoint_000000"
+    ):
+        evaluate(load_config(config_file, [f"output_dir={tmp_path / 'run'}", *settings]))
 
 
 def test_evaluate_of_a_weights_file_equals_the_training_s_own(finished, make_config):
@@ -334,7 +352,7 @@ def _statistics_seen(rank, world_size, config_file, overrides):
             return super().evaluate(track)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leakfree.training.detection.DetectionTask", Looking)
+        patch.setitem(work._TASKS, "detection", Looking)
         _as_ranks(rank, world_size, "train", config_file, overrides, False)
     return seen
 
