@@ -56,12 +56,14 @@ def train(config: RunConfig, *, resume: bool = False) -> RunRecord:
 def evaluate(config: RunConfig) -> RunRecord:
     """Evaluate ``model.weights``, or the newest checkpoint of the training in ``output_dir``.
 
-    The measurements are those at the end of :func:`train`. They are added to the ``record.json`` of the
-    training if the folder holds one, and are shown as a table.
+    The measurements are those at the end of :func:`train`, of a checkpoint loaded whole
+    (``model.weights_parts`` is for trainings). They are shown as a table and, where ``output_dir`` holds
+    the training, added to its ``record.json``: other statistics of the same checkpoint on the same images.
 
     Raises:
         CheckpointError: there are no weights to evaluate, or they are of another model.
-        RunError: ``output_dir`` holds another run, or the weights are not those of the run in it.
+        RunError: ``output_dir`` holds another run, numbers measured otherwise or of another step, or the
+            weights are not those of the run in it.
     """
     plan = plan_ranks(config.trainer)
     return _run(config, plan, _evaluate_on_rank, lambda folder: start_of_evaluation(config, folder))
