@@ -1,11 +1,18 @@
 """One thread per process, so that tests beside each other do not fight for cores; `gpu` tests skip without one.
 
+Hypothesis draws the same examples at each run, so that a failure in CI is one that can be repeated; look further with
+`pytest --hypothesis-profile=default`. Single examples may be slow by chance: they have no deadline.
+
 `slow` tests run by default; leave them out with `pytest -m "not slow"`.
 """
 
 import os
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("leakfree", derandomize=True, deadline=None)
+settings.load_profile("leakfree")
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported, also by child processes
     os.environ.setdefault(name, "1")
