@@ -1,23 +1,28 @@
 """Rank facts and the few collectives leakfree needs, on any backend, one process included.
 
 Every function works without a process group (world size 1, no communication), so that layers and
-tests are the same code on a laptop and on a cluster.
+tests are the same code on a laptop and on a cluster. Where a group is asked for, None is all ranks and
+"node" the ranks of this machine.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = [
+    "Group",
     "all_gather_ints",
     "all_gather_objects",
-    "all_to_all_rows",
+    "all_gather_table",
+    "all_reduce_sum_",
+    "all_to_all_bytes",
     "barrier",
     "broadcast_object",
     "get_rank",
@@ -25,7 +30,30 @@ __all__ = [
     "is_distributed",
 ]
 
-Group = dist.ProcessGroup | None
+Group = dist.ProcessGroup | Literal["node"] | None
+
+_node_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def _resolve(group: Group) -> dist.ProcessGroup | None:
+    """The process group itself. The first use of "node" is a collective over all ranks."""
+    if group != "node":
+        if isinstance(group, str):
+            raise ValueError(f"unknown process group {group!r}; use 'node', None for all ranks, or a ProcessGroup")
+        return group
+    world = dist.group.WORLD
+    if world is None:
+        return None
+    if world not in _node_groups:
+        # torchrun and Slurm number the nodes; a host name does it elsewhere.
+        node = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or socket.gethostname()
+        nodes = all_gather_objects(node)
+        members = [[rank for rank, other in enumerate(nodes) if other == name] for name in dict.fromkeys(nodes)]
+        _node_groups.clear()  # of an earlier world
+        mine, _ = dist.new_subgroups_by_enumeration(members)
+        assert isinstance(mine, dist.ProcessGroup)  # this rank is in one
+        _node_groups[world] = mine
+    return _node_groups[world]
 
 
 def is_distributed(group: Group = None) -> bool:
@@ -34,35 +62,48 @@ def is_distributed(group: Group = None) -> bool:
 
 
 def get_rank(group: Group = None) -> int:
-    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank(_resolve(group)) if dist.is_available() and dist.is_initialized() else 0
 
 
 def get_world_size(group: Group = None) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(_resolve(group)) if dist.is_available() and dist.is_initialized() else 1
 
 
 def barrier(group: Group = None) -> None:
     if is_distributed(group):
-        dist.barrier(group)
+        dist.barrier(_resolve(group))
 
 
 def _wire_device(group: Group) -> torch.device:
     """Where small control tensors must live for this backend."""
-    backend = str(dist.get_backend(group))
+    backend = str(dist.get_backend(_resolve(group)))
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
 
 
-def all_gather_ints(values: Sequence[int], group: Group = None) -> list[list[int]]:
-    """Gather a few integers from every rank in one collective: ``result[rank][i]``.
+def all_gather_table(values: Sequence[int], group: Group = None) -> Tensor:
+    """Gather a few integers from every rank in one collective: int64 (world size, len(values)), on the CPU.
 
     Every rank passes the same number of values.
     """
+    mine = torch.tensor(list(values), dtype=torch.int64)
     if not is_distributed(group):
-        return [list(values)]
-    mine = torch.tensor(list(values), dtype=torch.int64, device=_wire_device(group))
-    everyone = [torch.empty_like(mine) for _ in range(get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    return [item.tolist() for item in everyone]
+        return mine[None]
+    mine = mine.to(_wire_device(group))
+    everyone = mine.new_empty(get_world_size(group) * len(mine))
+    dist.all_gather_into_tensor(everyone, mine, group=_resolve(group))
+    return everyone.cpu().view(-1, len(mine))
+
+
+def all_gather_ints(values: Sequence[int], group: Group = None) -> list[list[int]]:
+    """:func:`all_gather_table` as lists: ``result[rank][i]``."""
+    return all_gather_table(values, group).tolist()
+
+
+def all_reduce_sum_(values: Tensor, group: Group = None) -> Tensor:
+    """Sum ``values`` over the ranks, in place and without gradient; return them."""
+    if is_distributed(group):
+        dist.all_reduce(values, group=_resolve(group))
+    return values
 
 
 def all_gather_objects(value: Any, group: Group = None) -> list[Any]:
@@ -70,7 +111,7 @@ def all_gather_objects(value: Any, group: Group = None) -> list[Any]:
     if not is_distributed(group):
         return [value]
     everyone: list[Any] = [None] * get_world_size(group)
-    dist.all_gather_object(everyone, value, group=group)
+    dist.all_gather_object(everyone, value, group=_resolve(group))
     return everyone
 
 
@@ -79,42 +120,22 @@ def broadcast_object(value: Any, group: Group = None, src: int = 0) -> Any:
     if not is_distributed(group):
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=src, group=group)
+    dist.broadcast_object_list(box, group=_resolve(group), group_src=src)
     return box[0]
 
 
-def _exchange(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
-    out = rows.new_empty((sum(receive), *rows.shape[1:]))
-    dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), group=group)
-    return out
-
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-        ctx.sizes = (send, receive)
-        ctx.group = group
-        return _exchange(rows, send, receive, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        send, receive = ctx.sizes
-        return _exchange(gradient, receive, send, ctx.group), None, None, None
-
-
-def all_to_all_rows(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Group = None) -> Tensor:
-    """Send the first ``send[0]`` rows to rank 0, the next ``send[1]`` to rank 1, ... differentiably.
+def all_to_all_bytes(data: Tensor, send: Sequence[int], receive: Sequence[int], group: Group = None) -> Tensor:
+    """Send the first ``send[0]`` bytes to rank 0, the next ``send[1]`` to rank 1, ...; no gradient.
 
     Args:
-        rows: (N, *), N = sum(send); any float or integer dtype.
-        send: rows for each rank, zero included.
-        receive: rows that come from each rank; must agree with the senders' ``send``.
+        data: uint8 (sum(send),), contiguous.
+        receive: bytes that come from each rank; must agree with the senders' ``send``.
 
     Returns:
-        (sum(receive), *): the received rows in the order of the ranks they came from. The gradient
-        takes the way back. Each row crosses the wire at most once per direction.
+        uint8 (sum(receive),): what came, in the order of the ranks. No byte crosses the wire twice.
     """
     if not is_distributed(group):
-        return rows
-    return _AllToAllRows.apply(rows, list(send), list(receive), group)
+        return data
+    out = data.new_empty(sum(receive))
+    dist.all_to_all_single(out, data, list(receive), list(send), group=_resolve(group))
+    return out

@@ -47,12 +47,20 @@ class Partition:
         """Whether statistics must be summed over ranks."""
         return self.across_ranks and is_distributed(self.process_group)
 
+    def same_as(self, other: Partition) -> bool:
+        """Whether rows share statistics alike in both."""
+        mine = (self.num_groups, self.across_ranks, self.groups is None)
+        if mine != (other.num_groups, other.across_ranks, other.groups is None):
+            return False
+        return self.groups is None or other.groups is None or torch.equal(self.groups.cpu(), other.groups.cpu())
+
 
 @dataclass
 class NormalizationScope:
     """One forward of an enclosing module; see :func:`normalization_scope`."""
 
     base: Partition | None = None
+    num_shuffles: int = 0  # ShuffleBN layers that have drawn for themselves in this forward
     _shared: dict[object, object] = field(default_factory=dict)
 
     def base_groups(self) -> int | None:

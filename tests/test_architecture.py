@@ -18,7 +18,7 @@ LEVELS = [
     ["errors"],
     ["records", "schedules"],
     ["config"],
-    ["distributed"],
+    ["distributed", "recomputation"],
     ["partition"],
     ["shuffle"],
     ["norms"],

@@ -7,6 +7,7 @@ checkpoints are interchangeable, with torch's ``nn.BatchNorm*d`` too.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from leakfree.distributed import Group
 from leakfree.norms.statistics import Moments, partitioned_batch_norm
 from leakfree.partition import Partition, current_scope
+from leakfree.recomputation import Replay, recomputing
 from leakfree.shuffle.exchange import draw_groups
-from leakfree.shuffle.plan import GroupDraw
+from leakfree.shuffle.plan import GroupDraw, mix_seed
 
 __all__ = [
     "BatchNorm",
@@ -39,6 +41,8 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
     the pooled moments of all groups (variance unbiased, as torch's), once per forward. A forward
     without rows (on all ranks the partition spans) leaves the buffers and their counter untouched.
     Eval: ``running_mean`` and ``running_var``, or the batch's own with ``track_running_stats=False``.
+    Under activation checkpointing the recomputed forward finds the groups of the first one again, and
+    updates nothing a second time.
 
     Args:
         num_features: C of an input (N, C, *).
@@ -74,6 +78,7 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.frozen = False
         self.last_groups = None
         self._measured = False  # see batch_statistics
+        self._replay: Replay[Partition] = Replay(type(self).__name__, Partition.same_as)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dim={self.dim}" + (", frozen=True" if self.frozen else "")
@@ -103,20 +108,34 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
             )
         # In eval without buffers too: evaluations have uneven batches, so nothing may be communicated there.
         own = self.training and not self._measured
-        partition = _on_device(self.partition(input) if own else _base_partition(), input)
+        again = own and recomputing()
+        partition = _on_device(self._partition(input, again) if own else _base_partition(), input)
         if partition.groups is not None and len(partition.groups) != len(input):
             raise ValueError(
                 f"{type(self).__name__}: the groups cover {len(partition.groups)} rows, the input has {len(input)}"
             )
         if updates:
             self.last_groups = partition.groups
-        tracked = updates and self.track_running_stats
+        tracked = updates and self.track_running_stats and not again
         if partition.groups is None and not partition.synchronized:
             return self._forward_native(input, tracked)
         y, moments = partitioned_batch_norm(input, partition, self.weight, self.bias, self.eps)
         if tracked:
             self._update_running(moments)
         return y
+
+    def _partition(self, x: Tensor, again: bool) -> Partition:
+        """:meth:`partition`, or what it was when the forward that is now recomputed ran."""
+        if again and (before := self._replay.recall(x)) is not None:
+            return before
+        partition = self.partition(x)
+        if not again and (current_scope() is not None or partition.groups is not None):
+            self._remember(x, partition)
+        return partition
+
+    @torch.compiler.disable
+    def _remember(self, x: Tensor, partition: Partition) -> None:
+        self._replay.remember(x, dataclasses.replace(partition), graph=partition)
 
     def _forward_native(self, x: Tensor, tracked: bool) -> Tensor:
         """One group on one rank: torch's fused kernel."""
@@ -232,17 +251,20 @@ class ShuffleBatchNorm(PartitionedBatchNorm):
 
     Equals shuffle -> BN per rank -> unshuffle (MoCo, He et al. 2020, section 3.3; RoI shuffle, Wu &
     Johnson 2021, section 6) in output and gradients, at the cost of two small all-reduces; the buffers
-    receive the pooled moments of all groups, alike on every rank. Works in one process. Layers inside
-    one :func:`leakfree.partition.normalization_scope` share one draw per forward, as if the rows had
-    moved; outside, each layer draws for itself.
+    receive the pooled moments of all groups, alike on every rank. Works in one process.
 
-    The draw is a function of ``seed`` and ``num_batches_tracked``, so a checkpoint continues it. Under
-    activation checkpointing the recomputed forward would draw again: keep the layer outside of it.
+    The draw is a function of ``seed`` and ``num_batches_tracked``, so a checkpoint continues it, and
+    activation checkpointing repeats it.
 
     Args:
         num_groups: over all ranks; by default as many as the enclosing scope's base groups, else the
             world size, at least 2. One group has no effect and says so.
         seed: the same on every rank; different heads should take different seeds.
+        draw: "head": all layers inside one :func:`leakfree.partition.normalization_scope` see the same
+            groups in a forward, as if the rows had moved. "layer": each call in the scope draws anew, which
+            mixes more and is another method. Outside a scope a layer knows no head: its groups depend on
+            its own seed and count of forwards only.
+        process_group: the ranks to draw over; "node" for those of this machine.
     """
 
     def __init__(
@@ -251,6 +273,7 @@ class ShuffleBatchNorm(PartitionedBatchNorm):
         *,
         num_groups: int | None = None,
         seed: int = 0,
+        draw: str = "head",
         process_group: Group = None,
         dim: int | None = None,
         **options: object,
@@ -258,40 +281,62 @@ class ShuffleBatchNorm(PartitionedBatchNorm):
         super().__init__(num_features, dim=dim, **options)  # type: ignore[arg-type]
         if num_groups is not None and num_groups < 1:
             raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+        if draw not in ("head", "layer"):
+            raise ValueError(f"draw must be 'head' or 'layer', got {draw!r}")
         if self.num_batches_tracked is None:
             raise ValueError("ShuffleBN counts its draws in num_batches_tracked: track_running_stats must be True")
         self.num_groups = num_groups
         self.seed = seed
+        self.draw = draw
         self.process_group = process_group
-        self._warned = False
+        self._told: set[str] = set()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_groups={self.num_groups}, seed={self.seed}"
+        own = f"num_groups={self.num_groups}, seed={self.seed}" + ("" if self.draw == "head" else ", draw='layer'")
+        return f"{super().extra_repr()}, {own}"
 
     @torch.compiler.disable  # integers on the host, and a collective
     def partition(self, x: Tensor) -> Partition:
-        scope = current_scope()
-        if scope is None:
-            draw = self._draw(len(x), None)
-        else:
-            shared = scope.share(
-                ("shuffle", self.num_groups, self.seed), lambda: self._draw(len(x), scope.base_groups())
+        if recomputing():
+            raise RuntimeError(
+                "ShuffleBN: this forward runs inside a backward, but its input is that of no recent forward, so "
+                "their random groups cannot be found again; keep the layer out of the checkpointed part"
             )
-            assert isinstance(shared, GroupDraw)
-            draw = shared
+        draw = self._draw(len(x))
         if draw.num_groups == 1:
-            if not self._warned:
-                self._warned = True
-                warnings.warn("ShuffleBN: with a single group the shuffle has no effect", stacklevel=3)
+            self._say_once("with a single group the shuffle has no effect; set num_groups >= 2")
             return Partition(across_ranks=True, process_group=self.process_group)
+        if 0 < draw.total < 2 * draw.num_groups:
+            self._say_once(
+                f"{draw.num_groups} groups for {draw.total} rows leave groups of a single row, normalized by itself"
+            )
         return Partition(torch.from_numpy(draw.groups), draw.num_groups, True, self.process_group)
 
-    def _draw(self, num_rows: int, base_groups: int | None) -> GroupDraw:
+    def _draw(self, num_rows: int) -> GroupDraw:
         assert self.num_batches_tracked is not None
-        index = int(self.num_batches_tracked)
-        return draw_groups(
-            num_rows, self.num_groups, seed=self.seed, index=index, base_groups=base_groups, group=self.process_group
-        )
+        scope = current_scope()
+        index, base_groups, seed = int(self.num_batches_tracked), None, self.seed
+
+        def draw() -> GroupDraw:
+            return draw_groups(
+                num_rows, self.num_groups, seed=seed, index=index, base_groups=base_groups, group=self.process_group
+            )[0]
+
+        if scope is None:
+            return draw()
+        base_groups = scope.base_groups()
+        if self.draw == "layer":
+            scope.num_shuffles += 1
+            seed = mix_seed(self.seed, scope.num_shuffles)
+            return draw()
+        shared = scope.share(("shuffle", self.num_groups, self.seed), draw)
+        assert isinstance(shared, GroupDraw)
+        return shared
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(f"ShuffleBN: {what}", stacklevel=4)
 
 
 @contextmanager

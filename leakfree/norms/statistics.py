@@ -1,8 +1,9 @@
 """Moments of groups of rows, and the normalization with them: the arithmetic of every batch norm here.
 
 Legend: N rows of this rank, C channels, S positions of a row (H*W), G groups.
-Moments are accumulated in float64 from numerically sound per-row moments, so that neither a large
-mean nor many ranks cancel the variance; the wire carries G*(2C+1) numbers forward and G*2C backward.
+Rows are summed in the precision of ``blocked``, everything across rows in float64, about the group's
+mean, so that neither a large mean nor many ranks cancel the variance. The wire carries G*(2C+1) numbers
+forward and G*2C backward.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from leakfree.distributed import all_reduce_sum_
+from leakfree.norms.blocked import Rows, affine, deviation_sums, gradient, product_sums, row_sums, square_sums
 from leakfree.partition import Partition
 
 __all__ = ["Moments", "group_moments", "partitioned_batch_norm"]
+
+# Up to this |mean| / std, ``x * scale + shift`` is as exact as ``(x - mean) * scale`` to float32's 1e-6, and cheaper.
+_NEAR_ZERO = 8.0
 
 
 @dataclass(frozen=True)
@@ -36,68 +41,52 @@ class Moments:
         return total, mean, var
 
 
-def _row_view(x: Tensor) -> Tensor | None:
-    """x as (1, N*C, S) without a copy, or None: each row's channel becomes a channel of torch's kernels."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.is_contiguous():
-        return None
-    return x.view(1, x.shape[0] * x.shape[1], -1) if x.numel() and x.ndim > 2 else None
-
-
-# Above this |mean| / std, rounding a row's mean to float32 shows in the variance between rows (> 1e-7).
-_FAR_FROM_ZERO = 100.0
-
-
-def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, biased variance) over the positions of each row and channel: two float64 (N, C)."""
-    if x.ndim == 2 or x.shape[2:].numel() == 1 or not len(x):
-        mean = x.reshape(x.shape[0], x.shape[1], -1)[:, :, 0].double() if len(x) else x.new_zeros(x.shape[:2]).double()
-        return mean, torch.zeros_like(mean)
-    rows, dims = _row_view(x), tuple(range(2, x.ndim))
-    if rows is not None:  # torch's fused kernel: one sound pass, float64 inside
-        mean, var = torch.batch_norm_update_stats(rows, None, None, 0.0)
-    else:
-        var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), dims, correction=0)
-    mean, var = mean.view(x.shape[:2]).double(), var.view(x.shape[:2]).double()
-    if x.dtype != torch.float64 and (x.device.type != "cpu" or (mean.abs() > _FAR_FROM_ZERO * var.sqrt()).any()):
-        mean = x.sum(dims, dtype=torch.float64) / x.shape[2:].numel()
-    return mean, var
-
-
 def _sum_rows(values: Tensor, groups: Tensor | None, num_groups: int) -> Tensor:
-    """Sum (N, C) rows into (G, C)."""
+    """Sum (N, C) rows into (G, C), in float64."""
     if groups is None:
-        return values.sum(0, keepdim=True)
-    return values.new_zeros(num_groups, values.shape[1]).index_add_(0, groups, values)
+        return values.sum(0, keepdim=True, dtype=torch.float64)
+    total = torch.zeros(num_groups, values.shape[1], dtype=torch.float64, device=values.device)
+    return total.index_add_(0, groups, values.double())
 
 
-def group_moments(x: Tensor, partition: Partition) -> tuple[Moments, Tensor]:
-    """Moments of each group, and this rank's row means (float64 (N, C)) for the backward."""
-    row_mean, row_var = _row_moments(x)
+def _spread(groups: Tensor | None, dtype: torch.dtype, *numbers: Tensor) -> tuple[Tensor, ...]:
+    """Each (G, C) float64 -> (N or 1, C) in ``dtype``."""
+    together = torch.stack(numbers).to(dtype)
+    return (together if groups is None else together.index_select(1, groups)).unbind()
+
+
+def _is_near_zero(mean: Tensor, std: Tensor) -> bool:
+    """Whether no channel of any group is far from 0; False where asking would wait for the device."""
+    return mean.device.type == "cpu" and bool((mean.abs() <= _NEAR_ZERO * std).all())
+
+
+def group_moments(x: Tensor, partition: Partition) -> Moments:
+    """Moments of each group of the rows of ``x`` (N, C, *); one all-reduce if the partition spans ranks."""
+    return _moments(Rows.of(x.detach()), partition)
+
+
+def _moments(x: Rows, partition: Partition) -> Moments:
     groups, num_groups = partition.groups, partition.num_groups
-    positions = x.shape[2:].numel()
-    rows = (
-        row_mean.new_full((1,), len(x))
-        if groups is None
-        else torch.bincount(groups, minlength=num_groups).to(row_mean.dtype)
-    )
-    count = rows * positions
-    mean = _sum_rows(row_mean, groups, num_groups) / rows.clamp(min=1)[:, None]
-    spread = row_mean - (mean if groups is None else mean[groups])
-    var = _sum_rows(row_var + spread * spread, groups, num_groups) / rows.clamp(min=1)[:, None]
+    totals = _sum_rows(row_sums(x), groups, num_groups)
+    rows = totals.new_full((1,), x.shape[0]) if groups is None else torch.bincount(groups, minlength=num_groups)
+    count = rows.double() * x.shape[2:].numel()
+    share = 1 / count.clamp(min=1)[:, None]
+    center = (totals * share).to(x.wide)  # the mean, rounded: any number near it would do
+    (row_center,) = _spread(groups, x.wide, center)
+    squares = _sum_rows(square_sums(x, row_center), groups, num_groups) * share
+    if _is_near_zero(center, squares.sqrt()):
+        shift = totals * share - center
+    else:  # the rounding of the sums themselves would show
+        shift = _sum_rows(deviation_sums(x, row_center), groups, num_groups) * share
+    mean, var = center + shift, (squares - shift * shift).clamp(min=0)
     if partition.synchronized:
         weight = count[:, None]
-        packed = torch.cat([count[:, None], weight * mean, weight * (var + mean * mean)], dim=1)
-        dist.all_reduce(packed, group=partition.process_group)
+        packed = torch.cat([weight, weight * mean, weight * (var + mean * mean)], dim=1)
+        all_reduce_sum_(packed, partition.process_group)
         count = packed[:, 0]
         mean, square = (packed[:, 1:] / count.clamp(min=1)[:, None]).chunk(2, dim=1)
         var = (square - mean * mean).clamp(min=0)
-    return Moments(count, mean, var), row_mean
-
-
-def _spread(coefficient: Tensor, groups: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """(G, C) float64 -> (N or 1, C, 1, ...) in ``dtype``, ready to broadcast against ``like``."""
-    rows = coefficient.to(dtype) if groups is None else coefficient.to(dtype)[groups]
-    return rows.reshape(*rows.shape, *([1] * (like.ndim - 2)))
+    return Moments(count, mean, var)
 
 
 class _Normalize(torch.autograd.Function):
@@ -111,79 +100,54 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, partition: Partition, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        moments, row_mean = group_moments(x, partition)
+        rows = Rows.of(x)
+        moments = _moments(rows, partition)
         invstd = torch.rsqrt(moments.var + eps)
+        near = _is_near_zero(moments.mean, 1 / invstd)
+        center = torch.zeros_like(moments.mean) if near else moments.mean.to(rows.wide).double()
         scale = invstd if weight is None else invstd * weight.double()
-        shift = -moments.mean * scale if bias is None else bias.double() - moments.mean * scale
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        groups = partition.groups
-        y = torch.addcmul(_spread(shift, groups, x, dtype), x.to(dtype), _spread(scale, groups, x, dtype)).to(x.dtype)
-        ctx.save_for_backward(x, weight, moments.mean, invstd, moments.count, row_mean)
-        ctx.partition = partition
+        shift = (center - moments.mean) * scale
+        if bias is not None:
+            shift = shift + bias.double()
+        c, a, b = _spread(partition.groups, rows.wide, center, scale, shift)
+        y = rows.tensor(affine(rows, None if near else c, a, b))
+        ctx.save_for_backward(x, weight, moments.mean, invstd, moments.count, center)
+        ctx.partition, ctx.near = partition, near
         ctx.affine_dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
+        ctx.affine_shapes = (None if weight is None else weight.shape, None if bias is None else bias.shape)
         ctx.mark_non_differentiable(moments.count, moments.mean, moments.var)
         return y, moments.count, moments.mean, moments.var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd, count, row_mean = ctx.saved_tensors
+        x, weight, mean, invstd, count, center = ctx.saved_tensors
         partition: Partition = ctx.partition
-        groups = partition.groups
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        row_dy, row_dyx = _row_gradient_sums(x, dy, row_mean)
-        row_invstd = invstd if groups is None else invstd[groups]
-        row_shift = row_mean - (mean if groups is None else mean[groups])
-        row_dyx = (row_dyx + row_shift * row_dy) * row_invstd  # sum of dy * xhat of each row
-        weight_grad, bias_grad = row_dyx.sum(0), row_dy.sum(0)
+        groups, num_groups = partition.groups, partition.num_groups
+        rows = Rows.of(x)
+        dy_rows = rows.match(dy)
+        row_center = None if ctx.near else _spread(groups, rows.wide, center)[0]
+        total, product = (_sum_rows(sums, groups, num_groups) for sums in product_sums(dy_rows, rows, row_center))
+        product = (product + (center - mean) * total) * invstd  # sum of dy * xhat
+        weight_grad, bias_grad = (
+            None if dtype is None else (sums if len(shape) == 2 else sums.sum(0)).to(dtype)
+            for sums, dtype, shape in zip((product, total), ctx.affine_dtypes, ctx.affine_shapes, strict=True)
+        )
         dx = None
+        scale = invstd if weight is None else invstd * weight.double()
+        sums = torch.cat([total, product], dim=1)
+        if partition.synchronized:  # also where x needs no gradient here: an empty rank's may differ from the others'
+            all_reduce_sum_(sums, partition.process_group)
         if ctx.needs_input_grad[0]:
-            sums = torch.cat([_sum_rows(row_dy, groups, len(count)), _sum_rows(row_dyx, groups, len(count))], dim=1)
-            if partition.synchronized:
-                dist.all_reduce(sums, group=partition.process_group)
             mean_dy, mean_dyx = (sums / count.clamp(min=1)[:, None]).chunk(2, dim=1)
-            scale = invstd if weight is None else invstd * weight.double()
             slope = -scale * mean_dyx * invstd
-            offset = -scale * mean_dy - slope * mean
-            dx = torch.addcmul(_spread(offset, groups, x, dtype), dy.to(dtype), _spread(scale, groups, x, dtype))
-            dx = dx.addcmul_(x.to(dtype), _spread(slope, groups, x, dtype)).to(x.dtype)
-        weight_dtype, bias_dtype = ctx.affine_dtypes
-        return (
-            dx,
-            None if weight_dtype is None else weight_grad.to(weight_dtype),
-            None if bias_dtype is None else bias_grad.to(bias_dtype),
-            None,
-            None,
-        )
+            offset = slope * (center - mean) - scale * mean_dy
+            a, k, b = _spread(groups, rows.wide, scale, slope, offset)
+            dx = rows.tensor(gradient(dy_rows, rows, row_center, a, k, b))
+        return dx, weight_grad, bias_grad, None, None
 
 
-def _row_gradient_sums(x: Tensor, dy: Tensor, row_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over positions of dy and of dy * (x - row mean): two float64 (N, C)."""
-    if x.ndim == 2 or x.shape[2:].numel() == 1:
-        sums = dy.reshape(row_mean.shape).double()
-        return sums, torch.zeros_like(sums)
-    rows = _row_view(x)
-    if rows is not None:
-        mean = row_mean.to(x.dtype).view(-1)
-        _, dot, total = torch.ops.aten.native_batch_norm_backward(
-            dy.contiguous().view(rows.shape),
-            rows,
-            None,
-            None,
-            None,
-            mean,
-            torch.ones_like(mean),
-            True,
-            0.0,
-            [False, True, True],
-        )
-        return total.view(row_mean.shape).double(), dot.view(row_mean.shape).double()
-    dims = tuple(range(2, x.ndim))
-    wide = dy.dtype if dy.dtype == torch.float64 else torch.float32
-    centered = x.to(wide) - row_mean.to(wide).reshape(*row_mean.shape, *([1] * (x.ndim - 2)))
-    return dy.to(wide).sum(dims).double(), (dy.to(wide) * centered).sum(dims).double()
-
-
+@torch.compiler.disable  # blocks and collectives: nothing a compiler would fuse better
 def partitioned_batch_norm(
     x: Tensor, partition: Partition, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Moments]:
@@ -193,12 +157,12 @@ def partitioned_batch_norm(
     algorithm 1, with "mini-batch" read as "group"). Equals torch's batch norm run on each group.
 
     Across ranks: if the partition spans ranks, one all-reduce forward and one backward; every rank
-    calls it, empty ranks too.
+    calls it, and takes the backward if any does, empty ranks too.
 
     Args:
-        x: (N, C, *), any floating dtype; statistics are accumulated in float64, the affine map runs
-            in float32 for half precision.
-        weight, bias: (C,) or None.
+        x: (N, C, *), any floating dtype, contiguous or channels last (the result is the same); rows are
+            summed in float32 (float64 for float64), everything else in float64; the result has x's dtype.
+        weight, bias: (C,), or (G, C) for an affine map of each group, or None.
 
     Returns:
         y like ``x``, and the moments (not differentiable).

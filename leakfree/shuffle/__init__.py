@@ -1,7 +1,19 @@
-"""Shuffling: random groups over all ranks, the differentiable exchange, and the wrapper module."""
+"""Shuffling: random groups over all ranks, the exchange of rows, the wrapper module, the shuffle in the loader."""
 
 from leakfree.shuffle.exchange import Ticket, batch_shuffle, batch_unshuffle
+from leakfree.shuffle.loader import KeyShuffleBatchSampler, PairedIndex, PairedViews
 from leakfree.shuffle.plan import GroupDraw, permute, unpermute
 from leakfree.shuffle.shuffled import Shuffled
 
-__all__ = ["GroupDraw", "Shuffled", "Ticket", "batch_shuffle", "batch_unshuffle", "permute", "unpermute"]
+__all__ = [
+    "GroupDraw",
+    "KeyShuffleBatchSampler",
+    "PairedIndex",
+    "PairedViews",
+    "Shuffled",
+    "Ticket",
+    "batch_shuffle",
+    "batch_unshuffle",
+    "permute",
+    "unpermute",
+]

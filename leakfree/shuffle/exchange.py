@@ -3,27 +3,37 @@
 Between the shuffle and the unshuffle a row computes among random companions. Each row crosses the
 wire once per direction (an uneven all-to-all), against ``world_size`` times in the all-gather shuffle
 of MoCo (He et al. 2020, section 3.3) and of detectron2's RoI shuffle (Wu & Johnson 2021, section 6).
-The permutation comes from a seed that all ranks share, so none is broadcast.
+The permutation comes from a seed that all ranks share, so none is sent. All tensors of a nest travel in
+one exchange, and so do their gradients.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from leakfree.distributed import Group, all_gather_ints, all_to_all_rows, get_rank, get_world_size
+from leakfree.distributed import Group, all_gather_table, all_to_all_bytes, get_rank, get_world_size
+from leakfree.shuffle.nest import replace_tensors, tensors_of
 from leakfree.shuffle.plan import GroupDraw
 
-__all__ = ["Ticket", "batch_shuffle", "batch_unshuffle", "draw_groups"]
+__all__ = ["Ticket", "batch_shuffle", "batch_unshuffle", "draw_groups", "make_ticket", "shuffle_nest", "unshuffle_nest"]
 
 _DEFAULT_GENERATOR = torch.Generator().manual_seed(0)
+_CHANNELS_FIRST, _CHANNELS_LAST, _EITHER = 0, 1, 2
+_told: set[str] = set()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ticket:
     """How to take shuffled rows home. Opaque; made by :func:`batch_shuffle`.
 
@@ -38,20 +48,23 @@ class Ticket:
     groups: Tensor  # (M,) group of each received row, counted from this rank's first group
     num_groups: int  # that meet on this rank
     process_group: Group
+    channels_last: bool = False  # how rows of images lie on the wire: alike on all ranks
+    differentiable: bool = True  # whether any rank wants the gradient
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that meet on this rank."""
+        return len(self.arrival_order)
 
-class _Reorder(torch.autograd.Function):
-    """``x[order]`` for a permutation ``order``: the gradient is a gather too, not a scatter."""
+    @cached_property
+    def departure_order(self) -> Tensor:
+        """Inverse of ``arrival_order``: sorts the rows that met here by the rank they came from."""
+        return torch.argsort(self.arrival_order)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return gradient.index_select(0, torch.argsort(order)), None
+    @cached_property
+    def home_order(self) -> Tensor:
+        """Inverse of ``send_order``: the rows that came home, in the order in which they left."""
+        return torch.argsort(self.send_order)
 
 
 def draw_groups(
@@ -61,106 +74,277 @@ def draw_groups(
     seed: int,
     index: int,
     base_groups: int | None = None,
+    balance: bool = True,
+    facts: Sequence[int] = (),
     group: Group = None,
-) -> GroupDraw:
-    """Draw balanced random groups over the rows of all ranks; one small collective for the sizes.
+) -> tuple[GroupDraw, Tensor]:
+    """Draw random groups over the rows of all ranks; one small collective for the sizes.
 
     Args:
         num_rows: rows on this rank, zero included.
         num_groups: groups over all ranks; None takes the sum over ranks of ``base_groups`` or, where
             that is None, the world size, at least 2.
-        seed, index: the same on every rank.
+        seed, index, balance: the same on every rank; see :class:`GroupDraw`.
+        facts: further numbers to tell the other ranks, equally many on each.
+
+    Returns:
+        The draw, and the facts of every rank, int64 (world size, len(facts)).
 
     Raises:
         RuntimeError: on every rank, when ranks disagree on the seed or the count of draws; going on
             would send rows astray.
     """
-    mine = [num_rows, base_groups or 0, seed, index, num_groups or 0]
-    everyone = all_gather_ints(mine, group)
-    if any(other[2:] != everyone[0][2:] for other in everyone):
+    shared = [seed, index, num_groups or 0, int(balance)]
+    table = all_gather_table([num_rows, base_groups or 0, *shared, *facts], group)
+    agreed = table[:, 2 : 2 + len(shared)]
+    if bool((agreed != agreed[:1]).any()):
         raise RuntimeError(
-            "ranks drew different shuffles (seed, draw, num_groups per rank: "
-            f"{[tuple(other[2:]) for other in everyone]}): every rank must shuffle equally often, with one seed"
+            f"ranks drew different shuffles (seed, draw, num_groups, balance per rank: {agreed.tolist()}): "
+            "every rank must shuffle equally often, with one seed"
         )
     if num_groups is None:
-        num_groups = sum(other[1] for other in everyone) or max(2, len(everyone))
-    return GroupDraw(tuple(other[0] for other in everyone), get_rank(group), num_groups, seed, index)
+        num_groups = int(table[:, 1].sum()) or max(2, len(table))
+    draw = GroupDraw(table[:, 0].numpy(), get_rank(group), num_groups, seed, index, balance)
+    return draw, table[:, 2 + len(shared) :]
 
 
-def make_ticket(draw: GroupDraw, device: torch.device, group: Group) -> Ticket:
+def make_ticket(
+    draw: GroupDraw, device: torch.device, group: Group, *, channels_last: bool = False, differentiable: bool = True
+) -> Ticket:
     """Turn a draw into the two reorderings and the sizes of one exchange."""
     destination = draw.rank_of_group(draw.groups)
     send_order = np.argsort(destination, kind="stable")
-    send = np.bincount(destination, minlength=draw.world_size)
-    bounds = np.cumsum(draw.sizes)
-    source_rank = np.searchsorted(bounds, draw.sources, side="right")
-    receive = np.bincount(source_rank, minlength=draw.world_size)
     # Rows arrive by rank and, within a rank, in their order there: by row number.
-    arrival_order = np.argsort(np.argsort(draw.sources))
-    first = draw.first_position(draw.local_groups.start)
-    groups = draw.group_of(np.arange(first, first + len(draw.sources))) - draw.local_groups.start
+    departure_order = np.argsort(draw.sources)
+    arrival_order = np.empty_like(departure_order)
+    arrival_order[departure_order] = np.arange(len(departure_order))
+    groups = draw.group_of(draw.local_positions) - draw.local_groups.start
     return Ticket(
         torch.from_numpy(send_order).to(device),
         torch.from_numpy(arrival_order).to(device),
-        tuple(int(count) for count in send),
-        tuple(int(count) for count in receive),
+        tuple(np.bincount(destination, minlength=draw.world_size).tolist()),
+        tuple(np.bincount(draw.rank_of_row(draw.sources), minlength=draw.world_size).tolist()),
         torch.from_numpy(groups).to(device),
         len(draw.local_groups),
         group,
+        channels_last,
+        differentiable,
     )
 
 
-def move(x: Tensor, ticket: Ticket) -> Tensor:
-    """Rows to where the ticket's groups meet, ordered by position."""
-    rows = _Reorder.apply(x, ticket.send_order)
-    rows = all_to_all_rows(rows, ticket.send, ticket.receive, ticket.process_group)
-    return _Reorder.apply(rows, ticket.arrival_order)
+def _lies_channels_last(tensor: Tensor) -> bool:
+    return tensor.ndim > 3 and not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
 
 
-def batch_shuffle(x: Tensor, *, generator: torch.Generator | None = None, group: Group = None) -> tuple[Tensor, Ticket]:
-    """Permute the rows of all ranks' batches; each rank gets a random, balanced share.
+def facts_of(tensors: Sequence[Tensor], gradient: bool) -> list[int]:
+    """What ranks must agree on before tensors travel: a fingerprint, the layout, whether gradients come back."""
+    kinds = [(str(tensor.dtype), tuple(tensor.shape[1:])) for tensor in tensors]
+    images = [tensor for tensor in tensors if tensor.ndim > 3 and tensor.numel()]
+    layout = _EITHER
+    if images:
+        layout = _CHANNELS_LAST if all(_lies_channels_last(image) for image in images) else _CHANNELS_FIRST
+    return [zlib.crc32(repr(kinds).encode()), layout, int(gradient or any(tensor.requires_grad for tensor in tensors))]
+
+
+def agree(facts: Tensor, tensors: Sequence[Tensor]) -> tuple[bool, bool]:
+    """(channels last, differentiable) for all ranks, from their :func:`facts_of`.
+
+    Raises:
+        ValueError: on every rank, when the tensors differ in number, dtype or row shape.
+    """
+    if bool((facts[:, 0] != facts[0, 0]).any()):
+        here = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
+        raise ValueError(f"ranks shuffle tensors of different dtypes or row shapes; on this rank: {here}")
+    layouts = set(facts[:, 1].tolist())
+    return _CHANNELS_LAST in layouts and _CHANNELS_FIRST not in layouts, bool(facts[:, 2].any())
+
+
+def _row_bytes(tensor: Tensor, channels_last: bool) -> Tensor:
+    """(N, *) as uint8 (N, bytes of a row), a view where the layout is that of the wire."""
+    if channels_last and tensor.ndim > 3:
+        tensor = tensor.movedim(1, -1)
+    flat = tensor.reshape(-1)
+    if flat.stride(0) != 1:  # of an expanded or an empty tensor, which counts as contiguous all the same
+        flat = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device).copy_(flat)
+    return flat.view(torch.uint8).view(len(tensor), tensor.shape[1:].numel() * tensor.element_size())
+
+
+def _like(tensor: Tensor, num_rows: int, channels_last: bool) -> Tensor:
+    """Room for ``num_rows`` rows like those of ``tensor``, in the layout of the wire."""
+    if channels_last and tensor.ndim > 3:
+        # `data`: not a view to autograd, so that the result may be changed in place
+        return tensor.new_empty(num_rows, *tensor.shape[2:], tensor.shape[1]).movedim(-1, 1).data
+    return tensor.new_empty(num_rows, *tensor.shape[1:])
+
+
+def _gather(source: Tensor, order: Tensor, out: Tensor) -> None:
+    """``out[:] = source[order]`` for uint8 rows, in the widest words that both sides' alignment allows."""
+    if not out.numel():
+        return
+    step = math.gcd(source.shape[1], source.stride(0), out.stride(0), source.storage_offset(), out.storage_offset(), 8)
+    word = {8: torch.int64, 4: torch.int32}.get(step, torch.uint8)
+    torch.index_select(source.view(word), 0, order, out=out.view(word))
+
+
+def _exchange(tensors: Sequence[Tensor], ticket: Ticket, back: bool) -> list[Tensor]:
+    """Move the rows of all tensors in one all-to-all: to where they meet, or ``back`` home."""
+    send, receive = (ticket.receive, ticket.send) if back else (ticket.send, ticket.receive)
+    pack, unpack = (ticket.departure_order, ticket.home_order) if back else (ticket.send_order, ticket.arrival_order)
+    out = [_like(tensor, len(unpack), ticket.channels_last) for tensor in tensors]
+    sources, targets = ([_row_bytes(t, ticket.channels_last) for t in side] for side in (tensors, out))
+    if len(send) == 1:  # in one process the two orders are one
+        for source, target in zip(sources, targets, strict=True):
+            _gather(source, pack[unpack], target)
+        return out
+    # One row of the wire holds that row of every tensor, each at a multiple of 8 bytes where there are several.
+    widths = [source.shape[1] for source in sources]
+    rooms = widths if len(widths) == 1 else [-(-width // 8) * 8 for width in widths]
+    ends = np.cumsum(rooms).tolist()
+    size = ends[-1] if ends else 0
+    device = ticket.send_order.device
+    wire = torch.empty(len(pack), size, dtype=torch.uint8, device=device)
+    for source, width, room, end in zip(sources, widths, rooms, ends, strict=True):
+        _gather(source, pack, wire[:, end - room : end - room + width])
+    came = all_to_all_bytes(
+        wire.view(-1), [count * size for count in send], [count * size for count in receive], ticket.process_group
+    ).view(len(unpack), size)
+    for target, width, room, end in zip(targets, widths, rooms, ends, strict=True):
+        _gather(came[:, end - room : end - room + width], unpack, target)
+    return out
+
+
+class _Move(torch.autograd.Function):
+    """The exchange; the gradients of all float tensors take the inverse one, together.
+
+    ``anchor`` makes the outputs require grad on every rank, so that all ranks take the backward even if
+    the rows of some need no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor | None, ticket: Ticket, back: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        out = _exchange(tensors, ticket, back)
+        ctx.ticket, ctx.back = ticket, back
+        ctx.floats = [tensor.is_floating_point() or tensor.is_complex() for tensor in tensors]
+        ctx.mark_non_differentiable(*(item for item, real in zip(out, ctx.floats, strict=True) if not real))
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        moving = [gradient for gradient, real in zip(gradients, ctx.floats, strict=True) if real]
+        home = iter(_exchange(moving, ctx.ticket, not ctx.back))
+        return (None, None, None, *(next(home) if real else None for real in ctx.floats))
+
+
+def _move(nest: Any, tensors: Sequence[Tensor], ticket: Ticket, back: bool, gradient: bool) -> Any:
+    anchor = None
+    if gradient and torch.is_grad_enabled() and any(t.is_floating_point() or t.is_complex() for t in tensors):
+        anchor = torch.zeros((), requires_grad=True)
+    return replace_tensors(nest, iter(_Move.apply(anchor, ticket, back, *tensors)))
+
+
+@torch.compiler.disable
+def shuffle_nest(nest: Any, ticket: Ticket) -> Any:
+    """Every tensor's rows to where the ticket's groups meet, ordered by position, in one exchange."""
+    tensors = [tensor for _, tensor in tensors_of(nest, "input")]
+    return _move(nest, tensors, ticket, False, ticket.differentiable)
+
+
+@torch.compiler.disable
+def unshuffle_nest(nest: Any, ticket: Ticket) -> Any:
+    """The inverse of :func:`shuffle_nest`, for any per-row results of the shuffled rows.
+
+    Raises:
+        ValueError: a tensor with another number of rows than the shuffle returned, by its path.
+    """
+    found = tensors_of(nest, "output")
+    for path, tensor in found:
+        if tensor.ndim == 0 or len(tensor) != ticket.num_rows:
+            raise ValueError(
+                f"cannot unshuffle {path} of shape {tuple(tensor.shape)}: the shuffle returned {ticket.num_rows} rows"
+            )
+    tensors = [tensor for _, tensor in found]
+    return _move(nest, tensors, ticket, True, ticket.differentiable or any(tensor.requires_grad for tensor in tensors))
+
+
+@torch.compiler.disable  # integers on the host, and a collective
+def batch_shuffle(
+    x: Any, *, generator: torch.Generator | None = None, group: Group = None, balance: bool = True
+) -> tuple[Any, Ticket]:
+    """Permute the rows of all ranks' batches; each rank gets a random share.
 
     The concatenation over ranks of the outputs is a uniformly drawn permutation of the concatenation
-    of the inputs; shares differ by at most one row. In one process it permutes the batch, which a
-    batch norm over the whole batch does not notice: combine it with GhostBN, or use ShuffleBN.
+    of the inputs. In one process it permutes the batch, which a batch norm over the whole batch does not
+    notice (it says so once): combine it with GhostBN, or use ShuffleBN.
 
     Across ranks: every rank must call it, with any number of rows (zero too), and must take the
-    backward when any rank does. Row shapes and dtypes are the same on all ranks.
-    Gradient: flows through; the backward is the inverse exchange.
+    backward when any rank does. Rows have the same shapes and dtypes on all ranks. Each row crosses the
+    wire at most once: (W-1)/W of this rank's bytes for W ranks, in one exchange for all tensors, after
+    one collective of a few numbers for the sizes.
+    Gradient: flows through every float tensor; the backward is the inverse exchange.
 
     Args:
-        x: (N, *) rows.
+        x: a tensor (N, *) or tensors of N rows nested in tuples, lists and dicts.
         generator: a CPU generator in the same state on every rank; by default one of leakfree's own,
             seeded alike everywhere, which advances with each call.
+        group: the ranks to shuffle over; "node" keeps rows on their machine.
+        balance: shares differ by at most one row. Otherwise each rank gets as many rows as it gave.
 
     Returns:
-        (M, *) shuffled rows, and the ticket for :func:`batch_unshuffle`.
+        The same nest with M shuffled rows, channels last if the inputs were, and the ticket for
+        :func:`batch_unshuffle`.
 
     Raises:
         RuntimeError: on every rank, when the ranks' generators disagree.
+        ValueError: on every rank, when dtypes or row shapes differ between ranks; tensors with different
+            numbers of rows, or none.
     """
+    world_size = get_world_size(group)
+    if world_size == 1 and "alone" not in _told:
+        _told.add("alone")
+        warnings.warn(
+            "batch_shuffle over one rank only permutes its batch, which a batch norm over the whole batch does not "
+            "notice: put GhostBN behind it, or use ShuffleBN or Shuffled with num_groups >= 2",
+            stacklevel=2,
+        )
+    found = tensors_of(x, "input")
+    num_rows = count_rows(found)
     key = int(torch.randint(2**62, (), generator=generator or _DEFAULT_GENERATOR))
-    draw = draw_groups(len(x), get_world_size(group), seed=key, index=0, group=group)
-    ticket = make_ticket(draw, x.device, group)
-    return move(x, ticket), ticket
+    tensors = [tensor for _, tensor in found]
+    draw, facts = draw_groups(
+        num_rows, world_size, seed=key, index=0, balance=balance, facts=facts_of(tensors, False), group=group
+    )
+    channels_last, differentiable = agree(facts, tensors)
+    ticket = make_ticket(draw, tensors[0].device, group, channels_last=channels_last, differentiable=differentiable)
+    return shuffle_nest(x, ticket), ticket
 
 
-def batch_unshuffle(x: Tensor, ticket: Ticket) -> Tensor:
-    """Take rows home: the inverse of :func:`batch_shuffle`, for any per-row result of the shuffled rows.
+@torch.compiler.disable
+def batch_unshuffle(x: Any, ticket: Ticket) -> Any:
+    """Take rows home: the inverse of :func:`batch_shuffle`, for any per-row results of the shuffled rows.
 
     Args:
-        x: (M, *) one row for each row that ``batch_shuffle`` returned, in its order.
+        x: a tensor (M, *), or a nest of them, with one row for each row that ``batch_shuffle`` returned,
+            in its order.
 
     Returns:
-        (N, *) rows on the rank and in the order in which they came; bitwise what was sent.
+        The same nest with N rows, on the rank and in the order in which they came; bitwise what was sent.
 
     Raises:
-        ValueError: ``x`` has another number of rows than the shuffle returned.
+        ValueError: a tensor with another number of rows than the shuffle returned, by its path.
     """
-    if len(x) != len(ticket.arrival_order):
-        raise ValueError(
-            f"cannot unshuffle: the shuffle returned {len(ticket.arrival_order)} rows, this tensor has {len(x)}"
-        )
-    rows = _Reorder.apply(x, torch.argsort(ticket.arrival_order))
-    rows = all_to_all_rows(rows, ticket.receive, ticket.send, ticket.process_group)
-    return _Reorder.apply(rows, torch.argsort(ticket.send_order))
+    return unshuffle_nest(x, ticket)
+
+
+def count_rows(found: Sequence[tuple[str, Tensor]]) -> int:
+    """The number of rows that all the tensors have.
+
+    Raises:
+        ValueError: no tensor, or tensors that differ.
+    """
+    if not found:
+        raise ValueError("nothing to shuffle: no tensor among the inputs")
+    sizes = {path: len(tensor) if tensor.ndim else 0 for path, tensor in found}
+    if len(set(sizes.values())) != 1 or any(tensor.ndim == 0 for _, tensor in found):
+        raise ValueError(f"inputs to shuffle must have the same number of rows, got {sizes}")
+    return sizes[found[0][0]]

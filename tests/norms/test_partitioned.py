@@ -198,6 +198,19 @@ def test_autocast_and_channels_last(kind):
     torch.testing.assert_close(y.float(), wide(x.bfloat16().float()), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_may_be_changed_in_place(kind, layout):
+    norm, x = _norm(kind), _x().to(memory_format=layout)
+    gradients = []
+    for inplace in (False, True):
+        leaf = x.clone().requires_grad_(True)
+        norm.num_batches_tracked.zero_()
+        F.relu(norm(leaf), inplace=inplace).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_compile_gives_the_eager_answer(kind):
     norm, twin = _norm(kind), _norm(kind)

@@ -1,0 +1,101 @@
+"""Forwards that activation checkpointing runs a second time, and what they must repeat.
+
+A recomputed forward must take the random decisions of the first one again and must not count as
+another step. That it runs inside a backward tells it; which of the earlier forwards it repeats, only
+its input can tell. So a layer remembers, for its last forwards, a few numbers of the input and what it
+decided.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Replay", "recomputing"]
+
+T = TypeVar("T")
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward: activation checkpointing recomputes it.
+
+    Covers ``torch.utils.checkpoint`` in both of its modes. Compiled code answers False: there the
+    compiler recomputes, and it repeats no side effect.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@dataclass
+class _Forward(Generic[T]):
+    sample: Tensor
+    value: T
+    graph: weakref.ref[Any] | None  # dead when the graph of this forward is gone; None if it was not watched
+    replayed: bool = False
+
+    @property
+    def waits(self) -> bool:
+        return not self.replayed and (self.graph is None or self.graph() is not None)
+
+
+class Replay(Generic[T]):
+    """What the last forwards of a layer decided, to be found again by their input.
+
+    Args:
+        owner: name of the layer in error messages.
+        same: whether two decisions are the same.
+        size: forwards to remember; more may not wait for their backward at a time.
+    """
+
+    def __init__(self, owner: str, same: Callable[[T, T], bool], size: int = 32) -> None:
+        self._owner = owner
+        self._same = same
+        self._forwards: deque[_Forward[T]] = deque(maxlen=size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle of the layer has no graph that could run again.
+        return {**self.__dict__, "_forwards": deque(maxlen=self._forwards.maxlen)}
+
+    def remember(self, x: Tensor, value: T, graph: object | None = None) -> None:
+        """Note the decision of a forward on ``x``; ``graph`` is an object that lives as long as its graph."""
+        self._forwards.append(_Forward(_sample(x), value, None if graph is None else weakref.ref(graph)))
+
+    def recall(self, x: Tensor) -> T | None:
+        """The decision of the forward on ``x`` that is being recomputed; None if none had this input.
+
+        Raises:
+            RuntimeError: several forwards with this input wait for their backward and decided differently.
+        """
+        sample = _sample(x)
+        found = [forward for forward in reversed(self._forwards) if _equal(forward.sample, sample)]
+        waiting = [forward for forward in found if forward.waits] or found
+        if not waiting:
+            return None
+        live = [forward for forward in waiting if forward.graph is not None and forward.waits]
+        if any(not self._same(forward.value, live[0].value) for forward in live[1:]):
+            raise RuntimeError(
+                f"{self._owner}: several forwards with the same input wait for their recomputation, so that their "
+                "random groups cannot be told apart; keep the layer out of the checkpointed part"
+            )
+        waiting[0].replayed = True
+        return waiting[0].value
+
+
+def _sample(x: Tensor) -> Tensor:
+    """The first and the last row of ``x`` at the middle of every dimension but the second."""
+    x = x.detach()
+    if not x.numel():
+        return x.new_zeros(0)
+    for dim in range(x.ndim - 1, 1, -1):
+        x = x.select(dim, x.shape[dim] // 2)
+    return torch.stack([x[0], x[-1]])
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Bitwise, for all that matters: NaN equals NaN."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
