@@ -28,19 +28,28 @@ class Partition:
     ``groups`` is int64 (N,) with ids in [0, num_groups), on any device; None puts every row in
     group 0. With ``across_ranks`` the ids are global and rows of all ranks meet in a group;
     otherwise they are local to this rank. All ranks must agree on ``across_ranks`` and, if it is
-    set, on ``num_groups``.
+    set, on ``num_groups``. ``chunks`` is set by :meth:`consecutive`: the rows of each group, in order.
     """
 
     groups: Tensor | None = None
     num_groups: int = 1
     across_ranks: bool = False
     process_group: Group = None
+    chunks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.num_groups < 1:
             raise ValueError(f"a partition needs at least one group, got num_groups={self.num_groups}")
         if self.groups is None and self.num_groups != 1:
             raise ValueError(f"groups=None is one group, got num_groups={self.num_groups}")
+
+    @staticmethod
+    def consecutive(sizes: Sequence[int]) -> Partition:
+        """Groups of this rank that hold its first ``sizes[0]`` rows, the next ``sizes[1]``, ...; zeros allowed."""
+        if len(sizes) < 2:
+            return Partition()
+        groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.as_tensor(list(sizes), dtype=torch.int64))
+        return Partition(groups, len(sizes), chunks=tuple(sizes))
 
     @property
     def synchronized(self) -> bool:
@@ -125,9 +134,12 @@ def image_partition(
         first, total = sum(everyone[: get_rank(process_group)]), sum(everyone)
         starts = [sum(everyone[:rank]) for rank in range(len(everyone))]
         spans = any(start % images_per_group for start in starts)  # alike on every rank
-    images = torch.repeat_interleave(torch.arange(num_images), torch.as_tensor(list(rows_per_image), dtype=torch.int64))
     if spans:
+        images = torch.repeat_interleave(
+            torch.arange(num_images), torch.as_tensor(list(rows_per_image), dtype=torch.int64)
+        )
         groups = (images + first) // images_per_group
         return Partition(groups, max(1, -(-total // images_per_group)), True, process_group)
-    num_groups = max(1, -(-num_images // images_per_group))
-    return Partition(images // images_per_group if num_groups > 1 else None, num_groups, False, process_group)
+    return Partition.consecutive(
+        [sum(rows_per_image[i : i + images_per_group]) for i in range(0, num_images, images_per_group)]
+    )

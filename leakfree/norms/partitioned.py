@@ -11,6 +11,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -176,8 +177,7 @@ def _base_partition() -> Partition:
 def _on_device(partition: Partition, x: Tensor) -> Partition:
     if partition.groups is None or partition.groups.device == x.device:
         return partition
-    groups = partition.groups.to(x.device, non_blocking=True)
-    return Partition(groups, partition.num_groups, partition.across_ranks, partition.process_group)
+    return dataclasses.replace(partition, groups=partition.groups.to(x.device, non_blocking=True))
 
 
 class BatchNorm(PartitionedBatchNorm):
@@ -241,9 +241,8 @@ class GhostBatchNorm(PartitionedBatchNorm):
 
     def partition(self, x: Tensor) -> Partition:
         num_groups = max(1, len(x) // self.group_size)
-        if num_groups == 1:
-            return Partition()
-        return Partition(torch.arange(len(x), device=x.device) * num_groups // len(x), num_groups)
+        starts = [-(-group * len(x) // num_groups) for group in range(num_groups + 1)]
+        return Partition.consecutive([stop - start for start, stop in pairwise(starts)])
 
 
 class ShuffleBatchNorm(PartitionedBatchNorm):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leakfree.norms import Partition, group_moments, partitioned_batch_norm
+from leakfree.norms.statistics import chunked_batch_norm
 from tests.ranks import run_ranks
 
 
@@ -141,3 +142,18 @@ def test_one_group_is_torchs_batch_norm():
     x, _, _, weight, bias = _problem(8, 1, (4, 4))
     y, _ = partitioned_batch_norm(x, Partition(), weight, bias)
     torch.testing.assert_close(y, F.batch_norm(x, None, None, weight, bias, True), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [4, 0, 1, 3], [8], [0, 2]])
+@pytest.mark.parametrize("shape", [(), (4, 4)])
+def test_consecutive_groups_by_torchs_kernel_give_the_same(sizes, shape):
+    """The path of GPUs, checked on whatever device there is."""
+    x, v, _, weight, bias = _problem(sum(sizes), 1, shape)
+    partition = Partition.consecutive(sizes)
+    ours = _gradients(lambda *a: partitioned_batch_norm(a[0], partition, *a[1:])[0], x, v, weight, bias)
+    fused = _gradients(lambda *a: chunked_batch_norm(a[0], sizes, *a[1:], 1e-5)[0], x, v, weight, bias)
+    for a, b in zip(ours, fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    moments, expected = chunked_batch_norm(x, sizes, None, None, 1e-5)[1], group_moments(x, partition)
+    for name in ("count", "mean", "var"):
+        torch.testing.assert_close(getattr(moments, name), getattr(expected, name), rtol=1e-9, atol=1e-9)
