@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -169,7 +170,7 @@ def _row_bytes(tensor: Tensor, channels_last: bool) -> Tensor:
     return flat.view(torch.uint8).view(len(tensor), tensor.shape[1:].numel() * tensor.element_size())
 
 
-def _like(tensor: Tensor, num_rows: int, channels_last: bool) -> Tensor:
+def _rows_like(tensor: Tensor, num_rows: int, channels_last: bool) -> Tensor:
     """Room for ``num_rows`` rows like those of ``tensor``, in the layout of the wire."""
     if channels_last and tensor.ndim > 3:
         # `data`: not a view to autograd, so that the result may be changed in place
@@ -177,7 +178,7 @@ def _like(tensor: Tensor, num_rows: int, channels_last: bool) -> Tensor:
     return tensor.new_empty(num_rows, *tensor.shape[1:])
 
 
-def _gather(source: Tensor, order: Tensor, out: Tensor) -> None:
+def _gather_bytes(source: Tensor, order: Tensor, out: Tensor) -> None:
     """``out[:] = source[order]`` for uint8 rows, in the widest words that both sides' alignment allows."""
     if not out.numel():
         return
@@ -190,26 +191,29 @@ def _exchange(tensors: Sequence[Tensor], ticket: Ticket, back: bool) -> list[Ten
     """Move the rows of all tensors in one all-to-all: to where they meet, or ``back`` home."""
     send, receive = (ticket.receive, ticket.send) if back else (ticket.send, ticket.receive)
     pack, unpack = (ticket.departure_order, ticket.home_order) if back else (ticket.send_order, ticket.arrival_order)
-    out = [_like(tensor, len(unpack), ticket.channels_last) for tensor in tensors]
-    sources, targets = ([_row_bytes(t, ticket.channels_last) for t in side] for side in (tensors, out))
+    sources = [_row_bytes(tensor, ticket.channels_last) for tensor in tensors]
     if len(send) == 1:  # in one process the two orders are one
-        for source, target in zip(sources, targets, strict=True):
-            _gather(source, pack[unpack], target)
-        return out
+        return [_gather(source, pack[unpack], like, ticket) for source, like in zip(sources, tensors, strict=True)]
     # One row of the wire holds that row of every tensor, each at a multiple of 8 bytes where there are several.
     widths = [source.shape[1] for source in sources]
-    rooms = widths if len(widths) == 1 else [-(-width // 8) * 8 for width in widths]
-    ends = np.cumsum(rooms).tolist()
-    size = ends[-1] if ends else 0
-    device = ticket.send_order.device
-    wire = torch.empty(len(pack), size, dtype=torch.uint8, device=device)
-    for source, width, room, end in zip(sources, widths, rooms, ends, strict=True):
-        _gather(source, pack, wire[:, end - room : end - room + width])
-    came = all_to_all_bytes(
-        wire.view(-1), [count * size for count in send], [count * size for count in receive], ticket.process_group
-    ).view(len(unpack), size)
-    for target, width, room, end in zip(targets, widths, rooms, ends, strict=True):
-        _gather(came[:, end - room : end - room + width], unpack, target)
+    ends = list(accumulate(widths if len(widths) == 1 else (-(-width // 8) * 8 for width in widths)))
+    size, starts = ends[-1], [0, *ends[:-1]]
+    wire = torch.empty(len(pack), size, dtype=torch.uint8, device=ticket.send_order.device)
+    for source, width, start in zip(sources, widths, starts, strict=True):
+        _gather_bytes(source, pack, wire[:, start : start + width])
+    leaving, coming = ([count * size for count in counts] for counts in (send, receive))
+    came = all_to_all_bytes(wire.view(-1), leaving, coming, ticket.process_group).view(len(unpack), size)
+    del wire  # before the results are made: one buffer less at the peak
+    return [
+        _gather(came[:, start : start + width], unpack, like, ticket)
+        for like, width, start in zip(tensors, widths, starts, strict=True)
+    ]
+
+
+def _gather(source: Tensor, order: Tensor, like: Tensor, ticket: Ticket) -> Tensor:
+    """Rows of bytes, in that order, as a tensor with rows like those of ``like``."""
+    out = _rows_like(like, len(order), ticket.channels_last)
+    _gather_bytes(source, order, _row_bytes(out, ticket.channels_last))
     return out
 
 
