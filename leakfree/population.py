@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from leakfree.distributed import all_gather_ints, all_gather_objects, get_rank, get_world_size, is_distributed
 from leakfree.errors import LeakfreeError
-from leakfree.norms import ShuffleBatchNorm, SyncBatchNorm
+from leakfree.norms import DomainBatchNorm, ShuffleBatchNorm, SyncBatchNorm
 from leakfree.shuffle import Shuffled
 
 __all__ = ["PreciseBNResult", "Shift", "precise_bn"]
@@ -55,8 +55,9 @@ class PreciseBNResult:
 
     Attributes:
         num_samples: samples used, over all ranks.
-        layers: module path -> how far its statistics moved.
-        untouched: paths of batch norms that saw fewer than two values and keep their statistics.
+        layers: module path -> how far its statistics moved; where a DomainBN keeps statistics of each
+            domain, "path[domain]" for each.
+        untouched: the same names, for what saw fewer than two values and keeps its statistics.
     """
 
     num_samples: int
@@ -65,11 +66,15 @@ class PreciseBNResult:
 
 
 class _Moments:
-    """(n, mean, M2) per channel in float64, merged by Chan's formula: no cancellation."""
+    """(n, mean, M2) per channel in float64, merged by Chan's formula: no cancellation.
 
-    def __init__(self, buffer: Tensor) -> None:
+    ``running_mean`` and ``running_var`` (C,) are what they will replace, in place.
+    """
+
+    def __init__(self, running_mean: Tensor, running_var: Tensor, eps: float) -> None:
+        self.running_mean, self.running_var, self.eps = running_mean, running_var, eps
         self.count = 0
-        self.mean = torch.zeros_like(buffer, dtype=torch.float64)
+        self.mean = torch.zeros_like(running_mean, dtype=torch.float64)
         self.m2 = torch.zeros_like(self.mean)
 
     def clear(self) -> None:
@@ -117,7 +122,8 @@ def precise_bn(
 
     Meanwhile batch norms that track statistics normalize in training mode; frozen ones (their
     ``frozen`` attribute) and everything else, dropout included, stay in the mode you left them in, so
-    call it on a model in eval mode unless your forward needs otherwise. Afterwards only
+    call it on a model in eval mode unless your forward needs otherwise. A DomainBN gets the statistics
+    of each domain from its own rows; let ``forward`` say the domains. Afterwards only
     ``running_mean`` and ``running_var`` differ, written in place: modes, momentum, hooks, counters,
     other buffers and random states are restored, also when something raises, and then the statistics too.
     No gradients.
@@ -152,12 +158,13 @@ def precise_bn(
     layers = dict(_layers(model))
     if not layers:
         raise LeakfreeError("precise_bn: the model has no batch norm with running statistics that is not frozen")
-    moments = {path: _Moments(mean) for path, layer in layers.items() if (mean := layer.running_mean) is not None}
+    estimates = {path: _estimates(path, layer) for path, layer in layers.items()}
+    moments = {name: item for own in estimates.values() for name, item in own.items()}
     share = None if num_samples is None else -(-num_samples // get_world_size())
-    with torch.no_grad(), _estimating(model, layers, moments), _progress(progress, share) as advance:
+    with torch.no_grad(), _estimating(model, layers, estimates), _progress(progress, share) as advance:
         seen, failure = _run(model, loader, share, forward or _default_forward, advance)
     total = _merge_ranks(seen, moments, failure)
-    return _write(layers, moments, total)
+    return _write(moments, total)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -177,14 +184,27 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, _Layer]]:
             yield path or type(module).__name__, module
 
 
+def _estimates(path: str, layer: _Layer) -> dict[str, _Moments]:
+    """What is estimated for ``layer``, by name: one for each row of its running statistics."""
+    mean, var = layer.running_mean, layer.running_var
+    assert mean is not None
+    assert var is not None
+    if isinstance(layer, DomainBatchNorm) and mean.ndim == 2:
+        rows = enumerate(zip(mean, var, strict=True))
+        return {f"{path}[{layer.label_of(index)}]": _Moments(*row, layer.eps) for index, row in rows}
+    return {path: _Moments(mean, var, layer.eps)}
+
+
 def _communicates(model: nn.Module) -> bool:
     kinds = (nn.SyncBatchNorm, SyncBatchNorm, ShuffleBatchNorm, Shuffled)
     return any(isinstance(module, kinds) or getattr(module, "communicates", False) for module in model.modules())
 
 
 @contextmanager
-def _estimating(model: nn.Module, layers: dict[str, _Layer], moments: dict[str, _Moments]) -> Iterator[None]:
-    """Inside, ``layers`` normalize with batch statistics and their inputs are counted in ``moments``."""
+def _estimating(
+    model: nn.Module, layers: dict[str, _Layer], estimates: dict[str, dict[str, _Moments]]
+) -> Iterator[None]:
+    """Inside, ``layers`` normalize with batch statistics and their inputs are counted in ``estimates``."""
     with ExitStack() as stack:
         stack.enter_context(_random_states_kept())
         stack.enter_context(_state_kept(model, layers.values()))
@@ -193,14 +213,16 @@ def _estimating(model: nn.Module, layers: dict[str, _Layer], moments: dict[str, 
         for path, layer in layers.items():
             layer.training = True
             layer.momentum = 0.0
-            handle = layer.register_forward_pre_hook(_counter(moments[path]), with_kwargs=True)
+            handle = layer.register_forward_pre_hook(_counter(list(estimates[path].values())), with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
-def _counter(moments: _Moments) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+def _counter(moments: list[_Moments]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        moments.add(args[0] if args else kwargs["input"])
+        x = args[0] if args else kwargs["input"]
+        for row, part in layer.by_statistics(x) if isinstance(layer, DomainBatchNorm) else [(0, x)]:
+            moments[row].add(part)
 
     return count
 
@@ -349,7 +371,7 @@ def _merge_ranks(seen: int, moments: dict[str, _Moments], failure: Exception | N
     return sum(samples for samples, _, _ in everyone)
 
 
-def _write(layers: dict[str, _Layer], moments: dict[str, _Moments], num_samples: int) -> PreciseBNResult:
+def _write(moments: dict[str, _Moments], num_samples: int) -> PreciseBNResult:
     """Fill the buffers in place; nothing is written if any layer's statistics are not finite."""
     if num_samples == 0:
         raise LeakfreeError("precise_bn: the loader gave no samples" + (" on any rank" if is_distributed() else ""))
@@ -359,17 +381,15 @@ def _write(layers: dict[str, _Layer], moments: dict[str, _Moments], num_samples:
     for path, item in known.items():
         if not bool((item.mean + item.m2).isfinite().all()):
             raise LeakfreeError(f"precise_bn: the inputs of {path} are not finite, so it has no population statistics")
-    shifts = {path: _fill(layers[path], item) for path, item in known.items()}
+    shifts = {path: _fill(item) for path, item in known.items()}
     return PreciseBNResult(num_samples, shifts, tuple(path for path in moments if path not in known))
 
 
-def _fill(layer: _Layer, moments: _Moments) -> Shift:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
+def _fill(moments: _Moments) -> Shift:
     mean, var = moments.mean, moments.m2 / (moments.count - 1)
-    old_mean, old_var = layer.running_mean.to(mean), layer.running_var.to(mean)
-    scale = old_var + layer.eps
+    old_mean, old_var = moments.running_mean.to(mean), moments.running_var.to(mean)
+    scale = old_var + moments.eps
     shift = Shift(((mean - old_mean).abs() / scale.sqrt()).mean().item(), ((var - old_var).abs() / scale).mean().item())
-    layer.running_mean.copy_(mean)
-    layer.running_var.copy_(var)
+    moments.running_mean.copy_(mean)
+    moments.running_var.copy_(var)
     return shift

@@ -20,6 +20,7 @@ from torch import Tensor
 __all__ = ["Replay", "recomputing"]
 
 T = TypeVar("T")
+_SAMPLE = 512
 
 
 def recomputing() -> bool:
@@ -33,9 +34,10 @@ def recomputing() -> bool:
 
 @dataclass
 class _Forward(Generic[T]):
+    kind: tuple[Any, ...]  # shape, dtype and device of the input
     sample: Tensor
     value: T
-    graph: weakref.ref[Any] | None  # dead when the graph of this forward is gone; None if it was not watched
+    graph: weakref.ref[Any] | None  # dead when the graph of this forward is gone; None if none is watched
     replayed: bool = False
 
     @property
@@ -63,7 +65,9 @@ class Replay(Generic[T]):
 
     def remember(self, x: Tensor, value: T, graph: object | None = None) -> None:
         """Note the decision of a forward on ``x``; ``graph`` is an object that lives as long as its graph."""
-        self._forwards.append(_Forward(_sample(x), value, None if graph is None else weakref.ref(graph)))
+        if not torch.is_grad_enabled():  # it may be the first forward of a reentrant checkpoint, which makes no graph
+            graph = None
+        self._forwards.append(_Forward(_kind(x), _sample(x), value, None if graph is None else weakref.ref(graph)))
 
     def recall(self, x: Tensor) -> T | None:
         """The decision of the forward on ``x`` that is being recomputed; None if none had this input.
@@ -71,31 +75,40 @@ class Replay(Generic[T]):
         Raises:
             RuntimeError: several forwards with this input wait for their backward and decided differently.
         """
-        sample = _sample(x)
-        found = [forward for forward in reversed(self._forwards) if _equal(forward.sample, sample)]
-        waiting = [forward for forward in found if forward.waits] or found
-        if not waiting:
-            return None
-        live = [forward for forward in waiting if forward.graph is not None and forward.waits]
-        if any(not self._same(forward.value, live[0].value) for forward in live[1:]):
+        kind = _kind(x)
+        alike = [forward for forward in reversed(self._forwards) if forward.kind == kind]
+        sample = _sample(x) if alike else None
+        found = [forward for forward in alike if sample is not None and _equal(forward.sample, sample)]
+        waiting = [forward for forward in found if forward.waits]
+        if any(not self._same(forward.value, waiting[0].value) for forward in waiting[1:]):
             raise RuntimeError(
                 f"{self._owner}: several forwards with the same input wait for their recomputation, so that their "
                 "random groups cannot be told apart; keep the layer out of the checkpointed part"
             )
-        waiting[0].replayed = True
-        return waiting[0].value
+        if not found:
+            return None
+        chosen = (waiting or found)[0]
+        chosen.replayed = True
+        return chosen.value
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device
 
 
 def _sample(x: Tensor) -> Tensor:
-    """The first and the last row of ``x`` at the middle of every dimension but the second."""
+    """Up to 512 values of ``x`` from all over its memory."""
     x = x.detach()
-    if not x.numel():
-        return x.new_zeros(0)
-    for dim in range(x.ndim - 1, 1, -1):
-        x = x.select(dim, x.shape[dim] // 2)
-    return torch.stack([x[0], x[-1]])
+    if not (x.is_contiguous() or (x.ndim > 1 and x.movedim(1, -1).is_contiguous())):
+        x = x.contiguous()
+    size = min(x.numel(), _SAMPLE)
+    step = x.numel() // max(size, 1)
+    step -= step % 2 == 0 and step > 1  # an odd step meets all of a power of two: rows, channels and positions
+    return x.as_strided((size,), (step,), x.storage_offset()).clone()
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Bitwise, for all that matters: NaN equals NaN."""
-    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    if a.device != b.device or a.shape != b.shape:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -112,7 +112,8 @@ def _is_initial(module: nn.Module) -> bool:
     counter: Any = module.num_batches_tracked
     mean: Any = module.running_mean
     var: Any = module.running_var
-    return (counter is None or int(counter) == 0) and bool((mean == 0).all()) and bool((var == 1).all())
+    initial = (mean == 0).all(-1) & (var == 1).all(-1)  # of each domain, where a layer has several
+    return bool((initial if counter is None else initial & (counter == 0)).any())
 
 
 class FreezeBN:

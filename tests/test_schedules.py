@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from leakfree.errors import CheckpointError, ConfigError, LeakfreeError
-from leakfree.norms import convert_norms
+from leakfree.norms import build_norm, convert_norms, domain
 from leakfree.population import precise_bn
 from leakfree.schedules import FreezeBN, freeze_step, lr_factor
 
@@ -252,3 +252,14 @@ def test_a_checkpoint_of_another_model_is_refused():
     freeze.load_state_dict({"frozen_at": 1, "layers": ["head.norm"]})
     with pytest.raises(CheckpointError, match=r"head\.norm"):
         freeze.step(small_model(), 2, 4)
+
+
+def test_a_layer_with_a_domain_that_was_never_seen_is_not_frozen():
+    model, freeze = nn.Sequential(build_norm("DomainBN", 3, num_domains=2)), FreezeBN(at=0)
+    for key in (0, 1):
+        with pytest.raises(LeakfreeError):
+            freeze.step(model, 0, 10)
+        with domain(key):
+            model(torch.randn(4, 3, 2, 2))
+    assert freeze.step(model, 0, 10)
+    assert model[0].frozen

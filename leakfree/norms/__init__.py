@@ -1,6 +1,7 @@
 """Normalization layers by name, and the conversion of whole models."""
 
 from leakfree.norms.convert import convert_norms
+from leakfree.norms.domain import DomainBatchNorm, domain
 from leakfree.norms.frozen import FrozenBatchNorm
 from leakfree.norms.partitioned import (
     BatchNorm,
@@ -19,6 +20,7 @@ __all__ = [
     "NORMS",
     "BatchNorm",
     "BatchStatBatchNorm",
+    "DomainBatchNorm",
     "FrozenBatchNorm",
     "GhostBatchNorm",
     "GroupNorm",
@@ -31,6 +33,7 @@ __all__ = [
     "batch_statistics",
     "build_norm",
     "convert_norms",
+    "domain",
     "group_moments",
     "image_partition",
     "normalization_scope",

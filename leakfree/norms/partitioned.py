@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leakfree.distributed import Group
-from leakfree.norms.statistics import Moments, partitioned_batch_norm
+from leakfree.norms.statistics import partitioned_batch_norm
 from leakfree.partition import Partition, current_scope
 from leakfree.recomputation import Replay, recomputing
 from leakfree.shuffle.exchange import draw_groups
@@ -33,6 +34,16 @@ __all__ = [
     "SyncBatchNorm",
     "batch_statistics",
 ]
+
+
+class State(NamedTuple):
+    """The parameters and buffers of a batch norm with one set of statistics: (C,), the counter ()."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
 
 
 class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -102,28 +113,43 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
+        if not self._takes_batch_statistics:
+            return self._forward_running(input)
         updates = self.training and not self.frozen and not self._measured
-        if not (updates or self._measured or (self.batch_statistics_in_eval and not self.frozen)):
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
-        # In eval without buffers too: evaluations have uneven batches, so nothing may be communicated there.
         own = self.training and not self._measured
         again = own and recomputing()
-        partition = _on_device(self._partition(input, again) if own else _base_partition(), input)
+        partition = _on_device(self._partition(input, again) if own else self._partition_in_eval(input), input)
         if partition.groups is not None and len(partition.groups) != len(input):
             raise ValueError(
                 f"{type(self).__name__}: the groups cover {len(partition.groups)} rows, the input has {len(input)}"
             )
         if updates:
             self.last_groups = partition.groups
-        tracked = updates and self.track_running_stats and not again
+        return self._normalize(input, partition, updates and self.track_running_stats and not again)
+
+    @property
+    def _takes_batch_statistics(self) -> bool:
+        """Whether a forward would now normalize with the batch's own statistics."""
+        return self._measured or (not self.frozen and (self.training or self.batch_statistics_in_eval))
+
+    def _forward_running(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _normalize(self, x: Tensor, partition: Partition, tracked: bool) -> Tensor:
+        """Normalize with the moments of the groups of ``x``; if ``tracked``, the running buffers receive them."""
         if partition.groups is None and not partition.synchronized:
-            return self._forward_native(input, tracked)
-        y, moments = partitioned_batch_norm(input, partition, self.weight, self.bias, self.eps)
+            return self._forward_native(x, tracked)
+        y, moments = partitioned_batch_norm(x, partition, self.weight, self.bias, self.eps)
         if tracked:
-            self._update_running(moments)
+            self._update_running(*moments.pooled())
         return y
+
+    def _partition_in_eval(self, x: Tensor) -> Partition:
+        """Who shares the batch's own statistics outside training.
+
+        Evaluations have uneven batches, so nothing may be communicated there.
+        """
+        return _base_partition()
 
     def _partition(self, x: Tensor, again: bool) -> Partition:
         """:meth:`partition`, or what it was when the forward that is now recomputed ran."""
@@ -138,29 +164,38 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _remember(self, x: Tensor, partition: Partition) -> None:
         self._replay.remember(x, dataclasses.replace(partition), graph=partition)
 
-    def _forward_native(self, x: Tensor, tracked: bool) -> Tensor:
-        """One group on one rank: torch's fused kernel."""
+    def _forward_native(self, x: Tensor, tracked: bool, state: State | None = None) -> Tensor:
+        """One group on one rank: torch's fused kernel, with the layer's own state by default."""
+        weight, bias, running_mean, running_var, counter = state or State(
+            self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
+        )
         if not len(x):  # torch's kernel takes no empty batch on every device; the graph must stay connected
-            y = x if self.weight is None else x * _column(self.weight, x)
-            return (y if self.bias is None else y + _column(self.bias, x)).to(x.dtype)
+            y = x if weight is None else x * _column(weight, x)
+            return (y if bias is None else y + _column(bias, x)).to(x.dtype)
         if not tracked:
-            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps)
+            if running_mean is None or running_var is None or self._measured or not self.training:
+                return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+            # Recomputed: checkpointing wants as many tensors saved for the backward as in the first forward.
+            return F.batch_norm(x, running_mean.clone(), running_var.clone(), weight, bias, True, 0.0, self.eps)
+        assert counter is not None
+        counter.add_(1)
+        momentum = 1.0 / float(counter) if self.momentum is None else self.momentum
+        return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, self.eps)
 
     @torch.no_grad()
-    def _update_running(self, moments: Moments) -> None:
+    def _update_running(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Count one forward: count (), mean and biased var (C,), or (D,) and (D, C) where buffers have D rows.
+
+        What saw no values (count 0) stays as it is.
+        """
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        count, mean, var = moments.pooled()
         seen = count > 0  # a tensor: no device synchronization
         self.num_batches_tracked.add_(seen.to(self.num_batches_tracked.dtype))
         momentum = 1.0 / self.num_batches_tracked.clamp(min=1).double() if self.momentum is None else self.momentum
-        share = seen.double() * momentum
-        unbiased = var * (count / (count - 1).clamp(min=1))
+        share = (seen.double() * momentum)[..., None]
+        unbiased = var * (count / (count - 1).clamp(min=1))[..., None]
         for buffer, new in ((self.running_mean, mean), (self.running_var, unbiased)):
             buffer.copy_(buffer + share * (new - buffer))
 

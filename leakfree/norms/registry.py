@@ -9,6 +9,7 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from leakfree.errors import ConfigError, choices
+from leakfree.norms.domain import DomainBatchNorm
 from leakfree.norms.frozen import FrozenBatchNorm
 from leakfree.norms.partitioned import (
     BatchNorm,
@@ -52,6 +53,7 @@ for _name, _norm in {
     "ShuffleBN": ShuffleBatchNorm,
     "FrozenBN": FrozenBatchNorm,
     "BatchStatBN": BatchStatBatchNorm,
+    "DomainBN": DomainBatchNorm,
     "GN": GroupNorm,
 }.items():
     NORMS._do_register(_name, _norm)
@@ -75,9 +77,10 @@ def build_norm(name: str, num_features: int, *, dim: int = 2, **options: Any) ->
     """Build the norm ``name`` of :data:`NORMS` for inputs (N, num_features, *).
 
     Args:
-        name: BN, SyncBN, GhostBN, ShuffleBN, FrozenBN, BatchStatBN, GN, or a name of yours.
+        name: BN, SyncBN, GhostBN, ShuffleBN, FrozenBN, BatchStatBN, DomainBN, GN, or a name of yours.
         dim: 1 for (N, C) and (N, C, L), 2 for (N, C, H, W), 3 for (N, C, D, H, W).
-        options: the norm's own, e.g. ``group_size`` (GhostBN), ``num_groups`` (ShuffleBN, GN).
+        options: the norm's own, e.g. ``group_size`` (GhostBN), ``num_groups`` (ShuffleBN, GN),
+            ``num_domains`` (DomainBN).
 
     Raises:
         ConfigError: an unknown name or option (the valid ones are listed, nearest first), or a

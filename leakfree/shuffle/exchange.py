@@ -13,7 +13,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leakfree.distributed import Group, all_gather_table, all_to_all_bytes, get_rank, get_world_size
+from leakfree.recomputation import recomputing
 from leakfree.shuffle.nest import replace_tensors, tensors_of
 from leakfree.shuffle.plan import GroupDraw
 
@@ -51,6 +52,7 @@ class Ticket:
     process_group: Group
     channels_last: bool = False  # how rows of images lie on the wire: alike on all ranks
     differentiable: bool = True  # whether any rank wants the gradient
+    thread: Tensor | None = None  # ties the way home to the way out in the graph: see _Move
 
     @property
     def num_rows(self) -> int:
@@ -133,29 +135,32 @@ def make_ticket(
     )
 
 
-def _lies_channels_last(tensor: Tensor) -> bool:
-    return tensor.ndim > 3 and not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
+def _layout(tensor: Tensor) -> int:
+    if tensor.ndim < 4 or not tensor.numel():
+        return _EITHER
+    if tensor.movedim(1, -1).is_contiguous():
+        return _EITHER if tensor.is_contiguous() else _CHANNELS_LAST  # one channel, or one pixel
+    return _CHANNELS_FIRST
 
 
-def facts_of(tensors: Sequence[Tensor], gradient: bool) -> list[int]:
+def facts_of(found: Sequence[tuple[str, Tensor]], gradient: bool) -> list[int]:
     """What ranks must agree on before tensors travel: a fingerprint, the layout, whether gradients come back."""
-    kinds = [(str(tensor.dtype), tuple(tensor.shape[1:])) for tensor in tensors]
-    images = [tensor for tensor in tensors if tensor.ndim > 3 and tensor.numel()]
-    layout = _EITHER
-    if images:
-        layout = _CHANNELS_LAST if all(_lies_channels_last(image) for image in images) else _CHANNELS_FIRST
+    tensors = [tensor for _, tensor in found]
+    kinds = [(path, str(tensor.dtype), tuple(tensor.shape[1:])) for path, tensor in found]
+    layouts = {_layout(tensor) for tensor in tensors} - {_EITHER}
+    layout = min(layouts, default=_EITHER)  # channels first where there are both
     return [zlib.crc32(repr(kinds).encode()), layout, int(gradient or any(tensor.requires_grad for tensor in tensors))]
 
 
-def agree(facts: Tensor, tensors: Sequence[Tensor]) -> tuple[bool, bool]:
+def agree(facts: Tensor, found: Sequence[tuple[str, Tensor]]) -> tuple[bool, bool]:
     """(channels last, differentiable) for all ranks, from their :func:`facts_of`.
 
     Raises:
         ValueError: on every rank, when the tensors differ in number, dtype or row shape.
     """
     if bool((facts[:, 0] != facts[0, 0]).any()):
-        here = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
-        raise ValueError(f"ranks shuffle tensors of different dtypes or row shapes; on this rank: {here}")
+        here = ", ".join(f"{path} {tuple(tensor.shape)} {tensor.dtype}" for path, tensor in found)
+        raise ValueError(f"ranks shuffle tensors of different names, dtypes or row shapes; on this rank: {here}")
     layouts = set(facts[:, 1].tolist())
     return _CHANNELS_LAST in layouts and _CHANNELS_FIRST not in layouts, bool(facts[:, 2].any())
 
@@ -164,7 +169,7 @@ def _row_bytes(tensor: Tensor, channels_last: bool) -> Tensor:
     """(N, *) as uint8 (N, bytes of a row), a view where the layout is that of the wire."""
     if channels_last and tensor.ndim > 3:
         tensor = tensor.movedim(1, -1)
-    flat = tensor.reshape(-1)
+    flat = tensor.resolve_conj().resolve_neg().reshape(-1)
     if flat.stride(0) != 1:  # of an expanded or an empty tensor, which counts as contiguous all the same
         flat = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device).copy_(flat)
     return flat.view(torch.uint8).view(len(tensor), tensor.shape[1:].numel() * tensor.element_size())
@@ -197,7 +202,8 @@ def _exchange(tensors: Sequence[Tensor], ticket: Ticket, back: bool) -> list[Ten
     # One row of the wire holds that row of every tensor, each at a multiple of 8 bytes where there are several.
     widths = [source.shape[1] for source in sources]
     ends = list(accumulate(widths if len(widths) == 1 else (-(-width // 8) * 8 for width in widths)))
-    size, starts = ends[-1], [0, *ends[:-1]]
+    starts = [0, *ends]
+    size = starts.pop()
     wire = torch.empty(len(pack), size, dtype=torch.uint8, device=ticket.send_order.device)
     for source, width, start in zip(sources, widths, starts, strict=True):
         _gather_bytes(source, pack, wire[:, start : start + width])
@@ -221,7 +227,8 @@ class _Move(torch.autograd.Function):
     """The exchange; the gradients of all float tensors take the inverse one, together.
 
     ``anchor`` makes the outputs require grad on every rank, so that all ranks take the backward even if
-    the rows of some need no gradient.
+    the rows of some need no gradient. The last output is the anchor of the way home: so the graph leads from
+    there to the way out even if what lies between is cut off on some ranks (a head's zeros for no rows).
     """
 
     @staticmethod
@@ -230,33 +237,41 @@ class _Move(torch.autograd.Function):
         ctx.ticket, ctx.back = ticket, back
         ctx.floats = [tensor.is_floating_point() or tensor.is_complex() for tensor in tensors]
         ctx.mark_non_differentiable(*(item for item, real in zip(out, ctx.floats, strict=True) if not real))
-        return tuple(out)
+        return (*out, torch.zeros(()))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        moving = [gradient for gradient, real in zip(gradients, ctx.floats, strict=True) if real]
+        moving = [gradient for gradient, real in zip(gradients[:-1], ctx.floats, strict=True) if real]
         home = iter(_exchange(moving, ctx.ticket, not ctx.back))
         return (None, None, None, *(next(home) if real else None for real in ctx.floats))
 
 
-def _move(nest: Any, tensors: Sequence[Tensor], ticket: Ticket, back: bool, gradient: bool) -> Any:
+def _move(nest: Any, tensors: Sequence[Tensor], ticket: Ticket, back: bool, gradient: bool) -> tuple[Any, Tensor]:
     anchor = None
     if gradient and torch.is_grad_enabled() and any(t.is_floating_point() or t.is_complex() for t in tensors):
-        anchor = torch.zeros((), requires_grad=True)
-    return replace_tensors(nest, iter(_Move.apply(anchor, ticket, back, *tensors)))
+        anchor = ticket.thread if back else None
+        if anchor is None or not anchor.requires_grad:
+            anchor = torch.zeros((), requires_grad=True)
+    # without the thread: the graph must not hold itself
+    *out, thread = _Move.apply(anchor, replace(ticket, thread=None), back, *tensors)
+    return replace_tensors(nest, iter(out)), thread
 
 
 @torch.compiler.disable
-def shuffle_nest(nest: Any, ticket: Ticket) -> Any:
-    """Every tensor's rows to where the ticket's groups meet, ordered by position, in one exchange."""
+def shuffle_nest(nest: Any, ticket: Ticket) -> tuple[Any, Ticket]:
+    """Every tensor's rows to where the ticket's groups meet, ordered by position, in one exchange; the way home."""
     tensors = [tensor for _, tensor in tensors_of(nest, "input")]
-    return _move(nest, tensors, ticket, False, ticket.differentiable)
+    met, thread = _move(nest, tensors, ticket, False, ticket.differentiable)
+    return met, replace(ticket, thread=thread)
 
 
 @torch.compiler.disable
-def unshuffle_nest(nest: Any, ticket: Ticket) -> Any:
+def unshuffle_nest(nest: Any, ticket: Ticket, gradient: bool = False) -> Any:
     """The inverse of :func:`shuffle_nest`, for any per-row results of the shuffled rows.
+
+    Args:
+        gradient: whether the results of any rank may need one even if the shuffled rows did not.
 
     Raises:
         ValueError: a tensor with another number of rows than the shuffle returned, by its path.
@@ -268,7 +283,8 @@ def unshuffle_nest(nest: Any, ticket: Ticket) -> Any:
                 f"cannot unshuffle {path} of shape {tuple(tensor.shape)}: the shuffle returned {ticket.num_rows} rows"
             )
     tensors = [tensor for _, tensor in found]
-    return _move(nest, tensors, ticket, True, ticket.differentiable or any(tensor.requires_grad for tensor in tensors))
+    gradient = gradient or ticket.differentiable or any(tensor.requires_grad for tensor in tensors)
+    return _move(nest, tensors, ticket, True, gradient)[0]
 
 
 @torch.compiler.disable  # integers on the host, and a collective
@@ -303,24 +319,29 @@ def batch_shuffle(
         ValueError: on every rank, when dtypes or row shapes differ between ranks; tensors with different
             numbers of rows, or none.
     """
+    if recomputing():
+        raise RuntimeError(
+            "batch_shuffle runs inside a backward (activation checkpointing), where it would draw another permutation "
+            "than in the forward: keep it out of the checkpointed part, or use Shuffled, which repeats its draw"
+        )
     world_size = get_world_size(group)
     if world_size == 1 and "alone" not in _told:
         _told.add("alone")
         warnings.warn(
             "batch_shuffle over one rank only permutes its batch, which a batch norm over the whole batch does not "
             "notice: put GhostBN behind it, or use ShuffleBN or Shuffled with num_groups >= 2",
-            stacklevel=2,
+            stacklevel=3,  # over the decorator
         )
     found = tensors_of(x, "input")
     num_rows = count_rows(found)
     key = int(torch.randint(2**62, (), generator=generator or _DEFAULT_GENERATOR))
     tensors = [tensor for _, tensor in found]
     draw, facts = draw_groups(
-        num_rows, world_size, seed=key, index=0, balance=balance, facts=facts_of(tensors, False), group=group
+        num_rows, world_size, seed=key, index=0, balance=balance, facts=facts_of(found, False), group=group
     )
-    channels_last, differentiable = agree(facts, tensors)
+    channels_last, differentiable = agree(facts, found)
     ticket = make_ticket(draw, tensors[0].device, group, channels_last=channels_last, differentiable=differentiable)
-    return shuffle_nest(x, ticket), ticket
+    return shuffle_nest(x, ticket)
 
 
 @torch.compiler.disable
@@ -337,7 +358,8 @@ def batch_unshuffle(x: Any, ticket: Ticket) -> Any:
     Raises:
         ValueError: a tensor with another number of rows than the shuffle returned, by its path.
     """
-    return unshuffle_nest(x, ticket)
+    # What lies between may have weights, and a rank without rows may have skipped it.
+    return unshuffle_nest(x, ticket, gradient=len(ticket.send) > 1)
 
 
 def count_rows(found: Sequence[tuple[str, Tensor]]) -> int:

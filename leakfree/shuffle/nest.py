@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,7 +40,9 @@ def _map(value: Any, change: Callable[[Tensor, str], Tensor], path: str) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_map(item, change, f"{path}[{i}]") for i, item in enumerate(value))
     if isinstance(value, dict):
-        return type(value)((key, _map(item, change, f"{path}[{key!r}]")) for key, item in value.items())
+        changed = copy.copy(value)  # with what a subclass carries: a default factory, an order
+        changed.update({key: _map(item, change, f"{path}[{key!r}]") for key, item in value.items()})
+        return changed
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"cannot shuffle {path} of type {type(value).__name__}; use tensors, tuples, lists, dicts")

@@ -129,6 +129,13 @@ class GroupDraw:
     def key(self) -> int:
         return _mix(_mix(self.seed) ^ self.index)
 
+    @property
+    def leaves_ranks_empty(self) -> bool:
+        """Whether no rows meet on some rank."""
+        if self.balance:
+            return self.num_groups < self.world_size or self.total < self.num_groups
+        return not self.rows.all()
+
     def rank_of_row(self, rows: Ints) -> Ints:
         """The rank that holds each row."""
         return np.searchsorted(self.bounds, rows, side="right").astype(np.int64) - 1

@@ -84,8 +84,8 @@ class Shuffled(nn.Module):
         self.group = group
         self.balance = balance
         self._warned = False
-        self._known_outputs: set[tuple[tuple[str, int], ...]] = set()
-        self._replay: Replay[tuple[GroupDraw, Ticket]] = Replay("Shuffled", lambda a, b: a[0].key == b[0].key)
+        self._known_outputs: set[int] = set()
+        self._replay: Replay[tuple[GroupDraw, Ticket]] = Replay("Shuffled", _same_draw)
         self.register_buffer("num_draws", torch.zeros((), dtype=torch.int64))
 
     def extra_repr(self) -> str:
@@ -97,23 +97,29 @@ class Shuffled(nn.Module):
             return self.module(*args, **kwargs)
         found = tensors_of((args, kwargs), "input")
         num_rows = count_rows(found)
-        draw, ticket = self._draw([tensor for _, tensor in found], num_rows)
+        draw, ticket = self._draw(found, num_rows)
         if draw.world_size == 1:  # rows may stay: only their companions change
             groups = torch.from_numpy(draw.groups).to(found[0][1].device)
             with normalization_scope(_local_partition(groups, draw.num_groups)):
                 output = self.module(*args, **kwargs)
-            self._check_rows(output, num_rows)
+            self._check_rows(output, num_rows, draw)
             return output
-        args, kwargs = shuffle_nest((args, kwargs), ticket)
+        (args, kwargs), ticket = shuffle_nest((args, kwargs), ticket)
         with normalization_scope(_local_partition(ticket.groups, ticket.num_groups)):
             output = self.module(*args, **kwargs)
-        self._check_rows(output, ticket.num_rows)
+        self._check_rows(output, ticket.num_rows, draw)
         return unshuffle_nest(output, ticket)
 
     @torch.compiler.disable
-    def _draw(self, tensors: list[Tensor], num_rows: int) -> tuple[GroupDraw, Ticket]:
-        again = self._replay.recall(tensors[0]) if recomputing() else None
-        if again is not None:
+    def _draw(self, found: list[tuple[str, Tensor]], num_rows: int) -> tuple[GroupDraw, Ticket]:
+        first = found[0][1]
+        if recomputing():
+            again = self._replay.recall(first)
+            if again is None:
+                raise RuntimeError(
+                    "Shuffled: this forward runs inside a backward, but its input is that of no recent forward, so "
+                    "its random groups cannot be found again; keep it out of the checkpointed part"
+                )
             return again
         scope = current_scope()
         draw, facts = draw_groups(
@@ -123,21 +129,19 @@ class Shuffled(nn.Module):
             index=int(self.num_draws),
             base_groups=scope.base_groups() if scope is not None else None,
             balance=self.balance,
-            facts=facts_of(tensors, any(parameter.requires_grad for parameter in self.module.parameters())),
+            facts=facts_of(found, any(parameter.requires_grad for parameter in self.module.parameters())),
             group=self.group,
         )
-        channels_last, differentiable = agree(facts, tensors)
-        ticket = make_ticket(
-            draw, tensors[0].device, self.group, channels_last=channels_last, differentiable=differentiable
-        )
+        channels_last, differentiable = agree(facts, found)
+        ticket = make_ticket(draw, first.device, self.group, channels_last=channels_last, differentiable=differentiable)
         if draw.total:
             self.num_draws += 1
         self._check_effect(draw)
-        self._replay.remember(tensors[0], (draw, ticket))
+        self._replay.remember(first, (draw, ticket))
         return draw, ticket
 
     @torch.compiler.disable
-    def _check_rows(self, output: Any, num_rows: int) -> None:
+    def _check_rows(self, output: Any, num_rows: int, draw: GroupDraw) -> None:
         """Refuse what cannot be restored; outputs of a new kind on every rank at once, as sizes may fit by chance."""
         found = tensors_of(output, "output")
         faults = [
@@ -145,17 +149,21 @@ class Shuffled(nn.Module):
             for path, tensor in found
             if tensor.ndim == 0 or len(tensor) != num_rows
         ]
-        kind = tuple((path, tensor.ndim) for path, tensor in found)
-        anywhere = [len(faults)]
-        if kind not in self._known_outputs:
-            anywhere = [count for (count,) in all_gather_ints([len(faults)], self.group)]
-        if any(anywhere):
-            told = faults[0] if faults else f"an output of rank {next(r for r, n in enumerate(anywhere) if n)}"
+        mine = [facts_of(found, False)[0], len(faults)]
+        everyone = [mine]
+        # A rank without rows may take another path through the module than those that taught us their outputs.
+        if mine[0] not in self._known_outputs or draw.leaves_ranks_empty:
+            everyone = all_gather_ints(mine, self.group)
+        if any(count for _, count in everyone) or faults:
+            told = faults[0] if faults else f"an output of rank {next(r for r, (_, n) in enumerate(everyone) if n)}"
             raise ValueError(
                 f"Shuffled: {told}: it is not one result per row and cannot be restored; "
                 "return it from outside the shuffled module"
             )
-        self._known_outputs.add(kind)
+        if any(kind != mine[0] for kind, _ in everyone):
+            here = ", ".join(f"{path} {tuple(tensor.shape)} {tensor.dtype}" for path, tensor in found)
+            raise ValueError(f"Shuffled: outputs differ between ranks in names, dtypes or row shapes; here: {here}")
+        self._known_outputs.add(mine[0])
 
     def _check_effect(self, draw: GroupDraw) -> None:
         if draw.num_groups == 1 and not self._warned:
@@ -174,3 +182,7 @@ class Shuffled(nn.Module):
 
 def _local_partition(groups: Tensor, num_groups: int) -> Partition:
     return Partition(groups, num_groups) if num_groups > 1 else Partition()
+
+
+def _same_draw(a: tuple[GroupDraw, Ticket], b: tuple[GroupDraw, Ticket]) -> bool:
+    return a[0].key == b[0].key

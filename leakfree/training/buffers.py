@@ -36,23 +36,23 @@ def pool_statistics(model: nn.Module) -> None:
     parts = []
     for layer in layers:
         mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
-        seen = torch.ones((), device=mean.device) if counter is None else counter > 0
-        weight = seen.to(torch.float64).reshape(1)
+        seen = torch.ones(mean.shape[:-1], device=mean.device) if counter is None else counter > 0
+        weight = seen.to(torch.float64)[..., None]  # of each domain, where a layer has several
         parts += [mean.double() * weight, var.double() * weight, weight]
-    flat = torch.cat(parts)
+    flat = torch.cat([part.flatten() for part in parts])
     dist.all_reduce(flat)
-    pooled = iter(flat.split([len(part) for part in parts]))
+    sums = flat.split([part.numel() for part in parts])
+    pooled = iter(total.view(part.shape) for total, part in zip(sums, parts, strict=True))
     for layer in layers:
         mean, var, weight = next(pooled), next(pooled), next(pooled)
-        if weight > 0:
-            layer.running_mean.copy_(mean / weight)
-            layer.running_var.copy_(var / weight)
+        for buffer, total in ((layer.running_mean, mean), (layer.running_var, var)):
+            buffer.copy_(torch.where(weight > 0, total / weight.clamp(min=1), buffer.double()))
     counters = [layer.num_batches_tracked for layer in layers if isinstance(layer.num_batches_tracked, Tensor)]
     if counters:
-        largest = torch.stack([counter.reshape(()) for counter in counters])
+        largest = torch.cat([counter.flatten() for counter in counters])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        for counter, value in zip(counters, largest, strict=True):
-            counter.copy_(value)
+        for counter, value in zip(counters, largest.split([counter.numel() for counter in counters]), strict=True):
+            counter.copy_(value.view(counter.shape))
 
 
 @contextmanager

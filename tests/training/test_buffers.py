@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from leakfree.norms import build_norm
+from leakfree.norms import build_norm, domain
 from leakfree.training.buffers import differing_buffers, load_buffers, pool_statistics, pooled_statistics
 from tests.ranks import run_ranks
 
@@ -54,3 +54,23 @@ def test_one_process_has_nothing_to_pool():
     pool_statistics(model)
     assert torch.equal(model[1].running_mean, before)
     assert differing_buffers(model) == [{}]
+
+
+def _pool_domains(rank, world_size):
+    norm = build_norm("DomainBN", 3, num_domains=3)
+    generator = torch.Generator().manual_seed(rank)
+    for key in (rank, 1):
+        with domain(key):
+            norm(torch.randn(4, 3, 2, 2, generator=generator) + rank)
+    own = norm.running_mean.clone()
+    pool_statistics(norm)
+    return own, norm.running_mean, norm.num_batches_tracked.tolist()
+
+
+def test_each_domain_is_pooled_over_the_ranks_that_saw_it():
+    (one, pooled, counts), (other, alike, _) = run_ranks(_pool_domains, 2)
+    assert torch.equal(pooled, alike)
+    assert counts == [1, 2, 0]
+    assert torch.equal(pooled[0], one[0])  # rank 1 did not see it
+    torch.testing.assert_close(pooled[1], (one[1] + other[1]) / 2)
+    assert not pooled[2].any()
