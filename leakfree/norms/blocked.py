@@ -4,14 +4,14 @@ A batch norm is bound by memory. Here each pass is one fused kernel of torch whe
 few operations on a cache-sized block at a time, so that their common buffer never reaches memory; half
 precision is widened in the block. Devices other than the CPU take the whole tensor as one block.
 
-Legend: N rows, C channels, S positions of a row (H*W), G groups. Coefficients and sums are (N, C), or
-(1, C) for all rows alike. Sums run over the positions of one row, or of one block of rows of a group, in
-float32 (float64 for float64 data); what is added up over rows and blocks is the caller's, in float64.
+Legend: N rows, C channels, S positions of a row (H*W). Coefficients and sums are (N, C), or (1, C) for
+all rows alike. Sums run over the positions of one row only, in float32 (float64 for float64 data). (torch's
+channels-last kernels add thousands of values in float32 one after the other, which shows at 1e-6: unused here.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,19 +20,15 @@ from torch import Tensor
 
 __all__ = [
     "Rows",
-    "Segments",
     "affine",
     "deviation_sums",
     "gradient",
     "product_sums",
     "row_sums",
-    "segment_moments",
-    "segment_product_sums",
     "square_sums",
 ]
 
 _BLOCK_BYTES = 1 << 20  # of a block's buffer, per thread
-_SEGMENT_BYTES = 1 << 16  # below it on average, the launches of a segment's kernels cost more than they save
 
 
 @dataclass(frozen=True)
@@ -115,90 +111,6 @@ class Rows:
                 here = slice(first, min(first + part, positions))
                 shape = (rows.stop - rows.start, here.stop - here.start, depth)
                 yield rows, here, scratch[: shape[0] * shape[1] * shape[2]].view(shape)
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Blocks of rows of one group each, for torch's channels-last kernels.
-
-    Rows that do not follow one another are brought together in the cache. Where groups are so small that
-    this would be a kernel for every few rows, there are no segments, and rows are summed one by one.
-    """
-
-    rows: list[slice | Tensor]  # of each segment
-    counts: Tensor  # float64 (segments,), rows
-    groups: Tensor  # int64 (segments,)
-
-    @staticmethod
-    def of(x: Rows, groups: Tensor | None, chunks: Sequence[int] | None, num_groups: int) -> Segments | None:
-        length, positions, depth = x.values.shape
-        here = x.values.device.type == "cpu" and x.values.dtype == x.wide
-        if not (here and x.channels_last and x.values.numel()):
-            return None
-        row_bytes = positions * depth * x.wide.itemsize
-        step = max(1, _BLOCK_BYTES * torch.get_num_threads() // row_bytes)
-        if length * row_bytes < _SEGMENT_BYTES * (length // step + num_groups):
-            return None
-        rows: list[slice | Tensor] = []
-        counts, owners = [], []
-        if groups is None or chunks is not None:
-            start = 0
-            for group, size in enumerate([length] if chunks is None else chunks):
-                for first in range(start, start + size, step):
-                    last = min(first + step, start + size)
-                    rows.append(slice(first, last))
-                    counts.append(last - first)
-                    owners.append(group)
-                start += size
-        else:
-            sizes = torch.bincount(groups, minlength=num_groups).tolist()
-            for group, members in enumerate(torch.argsort(groups, stable=True).split(sizes)):
-                for part in members.split(step) if len(members) else ():
-                    rows.append(part)
-                    counts.append(len(part))
-                    owners.append(group)
-        return Segments(rows, torch.tensor(counts, dtype=torch.float64), torch.tensor(owners))
-
-    def scratch(self, x: Rows) -> Tensor:
-        """Room to bring the rows of a segment together."""
-        gathered = [len(rows) for rows in self.rows if isinstance(rows, Tensor)]
-        return x.values.new_empty(max(gathered, default=0), x.values[0].numel())
-
-    @staticmethod
-    def take(x: Rows, rows: slice | Tensor, scratch: Tensor) -> Tensor:
-        """The rows as (1, C, rows * S, 1), channels last: a batch of their own to torch's kernels."""
-        if isinstance(rows, Tensor):
-            flat = x.values.view(x.values.shape[0], -1)
-            values = torch.index_select(flat, 0, rows, out=scratch[: len(rows)])
-        else:
-            values = x.values[rows]
-        return values.view(1, -1, 1, x.values.shape[2]).permute(0, 3, 1, 2)
-
-
-def segment_moments(x: Rows, segments: Segments) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each segment: two (segments, C)."""
-    scratch = segments.scratch(x)
-    found = [torch.batch_norm_update_stats(segments.take(x, rows, scratch), None, None, 0.0) for rows in segments.rows]
-    return torch.stack([mean for mean, _ in found]), torch.stack([var for _, var in found])
-
-
-def segment_product_sums(dy: Rows, x: Rows, segments: Segments, center: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over each segment of ``dy`` and of ``dy * (x - center)``, center (G, C): two (segments, C)."""
-    scratch, dy_scratch = segments.scratch(x), segments.scratch(x)
-    depth = x.values.shape[2]
-    zero, one = x.values.new_zeros(depth), x.values.new_ones(depth)
-    totals, products = [], []
-    for rows, group in zip(segments.rows, segments.groups.tolist(), strict=True):
-        _, product, total = torch.ops.aten.native_batch_norm_backward(
-            segments.take(dy, rows, dy_scratch),
-            segments.take(x, rows, scratch),
-            *(None, None, None),  # weight, running statistics
-            *(zero if center is None else center[group], one, True, 0.0),
-            [False, True, True],
-        )
-        totals.append(total)
-        products.append(product)
-    return torch.stack(totals), torch.stack(products)
 
 
 def _add_sum(total: Tensor, rows: slice, here: slice, values: Tensor) -> None:

@@ -18,14 +18,11 @@ from torch import Tensor
 from leakfree.distributed import all_reduce_sum_
 from leakfree.norms.blocked import (
     Rows,
-    Segments,
     affine,
     deviation_sums,
     gradient,
     product_sums,
     row_sums,
-    segment_moments,
-    segment_product_sums,
     square_sums,
 )
 from leakfree.partition import Partition
@@ -78,38 +75,20 @@ def group_moments(x: Tensor, partition: Partition) -> Moments:
     return _moments(Rows.of(x.detach()), partition)
 
 
-def _moments(x: Rows, partition: Partition, segments: Segments | None = None) -> Moments:
-    groups, num_groups = partition.groups, partition.num_groups
-    segments = segments or Segments.of(x, groups, partition.chunks, num_groups)
-    positions = x.shape[2:].numel()
-    moments = None
-    if segments is not None:
-        moments = _merge_segments(segments, positions, num_groups, *segment_moments(x, segments))
-        if not _is_near_zero(moments.mean, moments.var.sqrt()):
-            moments = None  # the rounding of the segments' means would show
-    moments = moments or _moments_by_rows(x, groups, num_groups)
-    count, mean, var = moments.count, moments.mean, moments.var
-    if partition.synchronized:
-        weight = count[:, None]
-        packed = torch.cat([weight, weight * mean, weight * (var + mean * mean)], dim=1)
-        all_reduce_sum_(packed, partition.process_group)
-        count = packed[:, 0]
-        mean, square = (packed[:, 1:] / count.clamp(min=1)[:, None]).chunk(2, dim=1)
-        var = (square - mean * mean).clamp(min=0)
-    return Moments(count, mean, var)
+def _moments(x: Rows, partition: Partition) -> Moments:
+    moments = _local_moments(x, partition.groups, partition.num_groups)
+    if not partition.synchronized:
+        return moments
+    weight, mean, var = moments.count[:, None], moments.mean, moments.var
+    packed = torch.cat([weight, weight * mean, weight * (var + mean * mean)], dim=1)
+    all_reduce_sum_(packed, partition.process_group)
+    count = packed[:, 0]
+    mean, square = (packed[:, 1:] / count.clamp(min=1)[:, None]).chunk(2, dim=1)
+    return Moments(count, mean, (square - mean * mean).clamp(min=0))
 
 
-def _merge_segments(segments: Segments, positions: int, num_groups: int, mean: Tensor, var: Tensor) -> Moments:
-    """Moments of the groups from those of their segments: variance within plus variance between."""
-    count = segments.counts.new_zeros(num_groups).index_add_(0, segments.groups, segments.counts) * positions
-    share = (segments.counts * positions / count[segments.groups])[:, None]
-    pooled = _sum_rows(share * mean.double(), segments.groups, num_groups)
-    between = (mean.double() - pooled[segments.groups]).square()
-    return Moments(count, pooled, _sum_rows(share * (var.double() + between), segments.groups, num_groups))
-
-
-def _moments_by_rows(x: Rows, groups: Tensor | None, num_groups: int) -> Moments:
-    """Moments of the groups from sums over each row, about the group's mean."""
+def _local_moments(x: Rows, groups: Tensor | None, num_groups: int) -> Moments:
+    """Moments of this rank's rows, from sums over each row about the group's mean."""
     totals = _sum_rows(row_sums(x), groups, num_groups)
     rows = totals.new_full((1,), x.shape[0]) if groups is None else torch.bincount(groups, minlength=num_groups)
     count = rows.double() * x.shape[2:].numel()
@@ -136,8 +115,7 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, partition: Partition, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = Rows.of(x)
-        segments = Segments.of(rows, partition.groups, partition.chunks, partition.num_groups)
-        moments = _moments(rows, partition, segments)
+        moments = _moments(rows, partition)
         invstd = torch.rsqrt(moments.var + eps)
         near = _is_near_zero(moments.mean, 1 / invstd)
         center = torch.zeros_like(moments.mean) if near else moments.mean.to(rows.wide).double()
@@ -148,7 +126,7 @@ class _Normalize(torch.autograd.Function):
         c, a, b = _spread(partition.groups, rows.wide, center, scale, shift)
         y = rows.tensor(affine(rows, None if near else c, a, b))
         ctx.save_for_backward(x, weight, moments.mean, invstd, moments.count, center)
-        ctx.partition, ctx.near, ctx.segments = partition, near, segments
+        ctx.partition, ctx.near = partition, near
         ctx.affine_dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
         ctx.affine_shapes = (None if weight is None else weight.shape, None if bias is None else bias.shape)
         ctx.mark_non_differentiable(moments.count, moments.mean, moments.var)
@@ -163,13 +141,8 @@ class _Normalize(torch.autograd.Function):
         rows = Rows.of(x)
         dy_rows = rows.match(dy)
         row_center = None if ctx.near else _spread(groups, rows.wide, center)[0]
-        if ctx.segments is None:
-            found, owners = product_sums(dy_rows, rows, row_center), groups
-        else:
-            group_center = None if ctx.near else center.to(rows.wide)
-            found = segment_product_sums(dy_rows, rows, ctx.segments, group_center)
-            owners = ctx.segments.groups
-        total, product = _sum_rows(torch.cat(found, dim=1), owners, num_groups).chunk(2, dim=1)
+        sums = torch.cat(product_sums(dy_rows, rows, row_center), dim=1)
+        total, product = _sum_rows(sums, groups, num_groups).chunk(2, dim=1)
         product = (product + (center - mean) * total) * invstd  # sum of dy * xhat
         weight_grad, bias_grad = (
             None if dtype is None else (sums if len(shape) == 2 else sums.sum(0)).to(dtype)
