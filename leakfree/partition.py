@@ -47,7 +47,7 @@ class Partition:
     def consecutive(sizes: Sequence[int]) -> Partition:
         """Groups of this rank that hold its first ``sizes[0]`` rows, the next ``sizes[1]``, ...; zeros allowed."""
         if len(sizes) < 2:
-            return Partition()
+            return Partition(chunks=tuple(sizes))
         groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.as_tensor(list(sizes), dtype=torch.int64))
         return Partition(groups, len(sizes), chunks=tuple(sizes))
 
@@ -77,7 +77,9 @@ class NormalizationScope:
         if self.base is None:
             return None
         counted_elsewhere = self.base.synchronized and get_rank(self.base.process_group) > 0
-        return 0 if counted_elsewhere else self.base.num_groups
+        if counted_elsewhere:
+            return 0
+        return self.base.num_groups if self.base.chunks is None else len(self.base.chunks)  # none where no image is
 
     def share(self, key: object, draw: Callable[[], object]) -> object:
         """Return the value drawn under ``key`` in this scope, drawing it on the first call."""

@@ -80,6 +80,9 @@ class Replay(Generic[T]):
         sample = _sample(x) if alike else None
         found = [forward for forward in alike if sample is not None and _equal(forward.sample, sample)]
         waiting = [forward for forward in found if forward.waits]
+        # A checkpoint that saves by hooks made a graph in its first forward, a reentrant one made none.
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        waiting = [forward for forward in waiting if (forward.graph is not None) == hooked] or waiting
         if any(not self._same(forward.value, waiting[0].value) for forward in waiting[1:]):
             raise RuntimeError(
                 f"{self._owner}: several forwards with the same input wait for their recomputation, so that their "
@@ -90,6 +93,10 @@ class Replay(Generic[T]):
         chosen = (waiting or found)[0]
         chosen.replayed = True
         return chosen.value
+
+    def find(self, matches: Callable[[T], bool]) -> T | None:
+        """The latest decision that matches, for a forward whose input tells nothing (no rows)."""
+        return next((forward.value for forward in reversed(self._forwards) if matches(forward.value)), None)
 
 
 def _kind(x: Tensor) -> tuple[Any, ...]:

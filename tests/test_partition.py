@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from leakfree.partition import Partition, current_scope, image_partition, normalization_scope
+from leakfree.partition import current_scope, image_partition, normalization_scope
 from tests.ranks import run_ranks
 
 
@@ -12,8 +12,9 @@ def test_groups_follow_images():
 
 
 def test_one_group_needs_no_ids():
-    assert image_partition([4, 5], 2) == Partition()
-    assert image_partition([], 1) == Partition()
+    for rows, images_per_group in (([4, 5], 2), ([], 1)):
+        partition = image_partition(rows, images_per_group)
+        assert (partition.groups, partition.num_groups, partition.synchronized) == (None, 1, False)
 
 
 @pytest.mark.parametrize("bad", [0, -1])

@@ -90,6 +90,7 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.frozen = False
         self.last_groups = None
         self._measured = False  # see batch_statistics
+        self._was_in_scope = False
         self._replay: Replay[Partition] = Replay(type(self).__name__, Partition.same_as)
 
     def extra_repr(self) -> str:
@@ -112,6 +113,20 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
             )
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self.training and not self._is_plain:
+            return self._forward_eagerly(input)  # a compiler would not see that a forward is recomputed
+        return self._forward(input)
+
+    @torch.compiler.disable
+    def _forward_eagerly(self, x: Tensor) -> Tensor:
+        return self._forward(x)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether this forward shares statistics as torch's batch norm would, so that compilers may have it."""
+        return False
+
+    def _forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if not self._takes_batch_statistics:
             return self._forward_running(input)
@@ -123,7 +138,7 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"{type(self).__name__}: the groups cover {len(partition.groups)} rows, the input has {len(input)}"
             )
-        if updates:
+        if updates and not again:
             self.last_groups = partition.groups
         return self._normalize(input, partition, updates and self.track_running_stats and not again)
 
@@ -153,16 +168,20 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _partition(self, x: Tensor, again: bool) -> Partition:
         """:meth:`partition`, or what it was when the forward that is now recomputed ran."""
-        if again and (before := self._replay.recall(x)) is not None:
+        if again:
+            before = self._replay.recall(x)
+            if before is None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: this forward runs inside a backward, but its input is that of no recent "
+                    "forward, so the groups of that cannot be found again; keep the layer out of the checkpointed part"
+                )
             return before
         partition = self.partition(x)
-        if not again and (current_scope() is not None or partition.groups is not None):
-            self._remember(x, partition)
+        if current_scope() is not None:
+            self._was_in_scope = True
+        if not torch.compiler.is_compiling():
+            self._replay.remember(x, dataclasses.replace(partition), graph=partition)
         return partition
-
-    @torch.compiler.disable
-    def _remember(self, x: Tensor, partition: Partition) -> None:
-        self._replay.remember(x, dataclasses.replace(partition), graph=partition)
 
     def _forward_native(self, x: Tensor, tracked: bool, state: State | None = None) -> Tensor:
         """One group on one rank: torch's fused kernel, with the layer's own state by default."""
@@ -172,15 +191,21 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not len(x):  # torch's kernel takes no empty batch on every device; the graph must stay connected
             y = x if weight is None else x * _column(weight, x)
             return (y if bias is None else y + _column(bias, x)).to(x.dtype)
+        if running_mean is None or running_var is None or self._measured or not self.training:
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        # On copies: torch keeps them for the backward, and another forward may change the buffers before it. Also when
+        # recomputed, as checkpointing wants as many tensors kept as in the first forward.
+        mean, var = running_mean.detach().clone(), running_var.detach().clone()
         if not tracked:
-            if running_mean is None or running_var is None or self._measured or not self.training:
-                return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-            # Recomputed: checkpointing wants as many tensors saved for the backward as in the first forward.
-            return F.batch_norm(x, running_mean.clone(), running_var.clone(), weight, bias, True, 0.0, self.eps)
+            return F.batch_norm(x, mean, var, weight, bias, True, 0.0, self.eps)
         assert counter is not None
         counter.add_(1)
         momentum = 1.0 / float(counter) if self.momentum is None else self.momentum
-        return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, self.eps)
+        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
+        with torch.no_grad():
+            running_mean.copy_(mean)
+            running_var.copy_(var)
+        return y
 
     @torch.no_grad()
     def _update_running(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -224,6 +249,11 @@ class BatchNorm(PartitionedBatchNorm):
 
     def partition(self, x: Tensor) -> Partition:
         return _base_partition()
+
+    @property
+    def _is_plain(self) -> bool:
+        # Once it ran in a scope, a forward outside may be the recomputation of one inside.
+        return current_scope() is None and not self._was_in_scope
 
 
 class BatchStatBatchNorm(BatchNorm):
@@ -331,11 +361,6 @@ class ShuffleBatchNorm(PartitionedBatchNorm):
 
     @torch.compiler.disable  # integers on the host, and a collective
     def partition(self, x: Tensor) -> Partition:
-        if recomputing():
-            raise RuntimeError(
-                "ShuffleBN: this forward runs inside a backward, but its input is that of no recent forward, so "
-                "their random groups cannot be found again; keep the layer out of the checkpointed part"
-            )
         draw = self._draw(len(x))
         if draw.num_groups == 1:
             self._say_once("with a single group the shuffle has no effect; set num_groups >= 2")
@@ -363,7 +388,7 @@ class ShuffleBatchNorm(PartitionedBatchNorm):
             scope.num_shuffles += 1
             seed = mix_seed(self.seed, scope.num_shuffles)
             return draw()
-        shared = scope.share(("shuffle", self.num_groups, self.seed), draw)
+        shared = scope.share(("shuffle", self.num_groups, self.seed, self.process_group), draw)
         assert isinstance(shared, GroupDraw)
         return shared
 

@@ -114,13 +114,7 @@ class Shuffled(nn.Module):
     def _draw(self, found: list[tuple[str, Tensor]], num_rows: int) -> tuple[GroupDraw, Ticket]:
         first = found[0][1]
         if recomputing():
-            again = self._replay.recall(first)
-            if again is None:
-                raise RuntimeError(
-                    "Shuffled: this forward runs inside a backward, but its input is that of no recent forward, so "
-                    "its random groups cannot be found again; keep it out of the checkpointed part"
-                )
-            return again
+            return self._draw_again(first)
         scope = current_scope()
         draw, facts = draw_groups(
             num_rows,
@@ -139,6 +133,18 @@ class Shuffled(nn.Module):
         self._check_effect(draw)
         self._replay.remember(first, (draw, ticket))
         return draw, ticket
+
+    def _draw_again(self, first: Tensor) -> tuple[GroupDraw, Ticket]:
+        """The draw of the forward that is recomputed; ranks without rows are told which one by the others."""
+        mine = self._replay.recall(first) if len(first) else None
+        known = [index for (index,) in all_gather_ints([-1 if mine is None else mine[0].index], self.group)]
+        again = mine or self._replay.find(lambda value: value[0].index == max(known) or max(known) < 0)
+        if again is None or any(index not in (-1, again[0].index) for index in known):
+            raise RuntimeError(
+                "Shuffled: this forward runs inside a backward, but its input is that of no recent forward, so "
+                "its random groups cannot be found again; keep it out of the checkpointed part"
+            )
+        return again
 
     @torch.compiler.disable
     def _check_rows(self, output: Any, num_rows: int, draw: GroupDraw) -> None:
