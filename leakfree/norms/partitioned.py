@@ -72,6 +72,7 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     last_groups: Tensor | None
+    _draws = False  # whether partitions are random
 
     def __init__(
         self,
@@ -170,16 +171,18 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """:meth:`partition`, or what it was when the forward that is now recomputed ran."""
         if again:
             before = self._replay.recall(x)
+            if before is None and not (self._draws or self._was_in_scope):
+                return self.partition(x)  # it follows from the input
             if before is None:
                 raise RuntimeError(
                     f"{type(self).__name__}: this forward runs inside a backward, but its input is that of no recent "
                     "forward, so the groups of that cannot be found again; keep the layer out of the checkpointed part"
                 )
             return before
-        partition = self.partition(x)
+        partition = _on_device(self.partition(x), x)
         if current_scope() is not None:
             self._was_in_scope = True
-        if not torch.compiler.is_compiling():
+        if (self._draws or current_scope() is not None) and not torch.compiler.is_compiling():
             self._replay.remember(x, dataclasses.replace(partition), graph=partition)
         return partition
 
@@ -193,19 +196,13 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return (y if bias is None else y + _column(bias, x)).to(x.dtype)
         if running_mean is None or running_var is None or self._measured or not self.training:
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        # On copies: torch keeps them for the backward, and another forward may change the buffers before it. Also when
-        # recomputed, as checkpointing wants as many tensors kept as in the first forward.
-        mean, var = running_mean.detach().clone(), running_var.detach().clone()
-        if not tracked:
-            return F.batch_norm(x, mean, var, weight, bias, True, 0.0, self.eps)
+        if not tracked:  # recomputed: checkpointing wants as many tensors kept for the backward as in the first forward
+            return F.batch_norm(x, running_mean.clone(), running_var.clone(), weight, bias, True, 0.0, self.eps)
         assert counter is not None
         counter.add_(1)
         momentum = 1.0 / float(counter) if self.momentum is None else self.momentum
-        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
-        with torch.no_grad():
-            running_mean.copy_(mean)
-            running_var.copy_(var)
-        return y
+        # `data`: torch keeps them for the backward, though unused, and another forward may change them before it
+        return F.batch_norm(x, running_mean.data, running_var.data, weight, bias, True, momentum, self.eps)
 
     @torch.no_grad()
     def _update_running(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -330,6 +327,8 @@ class ShuffleBatchNorm(PartitionedBatchNorm):
             its own seed and count of forwards only.
         process_group: the ranks to draw over; "node" for those of this machine.
     """
+
+    _draws = True
 
     def __init__(
         self,

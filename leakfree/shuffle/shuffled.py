@@ -136,10 +136,18 @@ class Shuffled(nn.Module):
 
     def _draw_again(self, first: Tensor) -> tuple[GroupDraw, Ticket]:
         """The draw of the forward that is recomputed; ranks without rows are told which one by the others."""
-        mine = self._replay.recall(first) if len(first) else None
-        known = [index for (index,) in all_gather_ints([-1 if mine is None else mine[0].index], self.group)]
-        again = mine or self._replay.find(lambda value: value[0].index == max(known) or max(known) < 0)
-        if again is None or any(index not in (-1, again[0].index) for index in known):
+        mine, fault = None, None
+        try:
+            mine = self._replay.recall(first) if len(first) else None
+        except RuntimeError as error:  # raised below, when the other ranks know
+            fault = error
+        mine_or_why = mine[0].index if mine is not None else -2 if len(first) else -1
+        known = [index for (index,) in all_gather_ints([mine_or_why], self.group)]
+        if fault is not None:
+            raise fault
+        index = max(known)  # -1: no rank has rows, and such a forward does not count as a draw
+        again = mine or self._replay.find(lambda value: value[0].total == 0 if index < 0 else _is_draw(value[0], index))
+        if again is None or any(other not in (-1, again[0].index) for other in known):
             raise RuntimeError(
                 "Shuffled: this forward runs inside a backward, but its input is that of no recent forward, so "
                 "its random groups cannot be found again; keep it out of the checkpointed part"
@@ -184,6 +192,10 @@ class Shuffled(nn.Module):
                         f"several groups on one rank ({draw.num_groups} groups, {draw.world_size} ranks); "
                         'convert_norms(module, "BN") first'
                     )
+
+
+def _is_draw(draw: GroupDraw, index: int) -> bool:
+    return draw.total > 0 and draw.index == index
 
 
 def _local_partition(groups: Tensor, num_groups: int) -> Partition:
