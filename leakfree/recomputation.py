@@ -85,8 +85,8 @@ class Replay(Generic[T]):
         waiting = [forward for forward in waiting if (forward.graph is not None) == hooked] or waiting
         if any(not self._same(forward.value, waiting[0].value) for forward in waiting[1:]):
             raise RuntimeError(
-                f"{self._owner}: several forwards with the same input wait for their recomputation, so that their "
-                "random groups cannot be told apart; keep the layer out of the checkpointed part"
+                f"{self._owner}: several forwards with the same input wait for their recomputation, so that what they "
+                "decided cannot be told apart; keep the layer out of the checkpointed part"
             )
         if not found:
             return None

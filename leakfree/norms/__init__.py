@@ -1,7 +1,7 @@
 """Normalization layers by name, and the conversion of whole models."""
 
 from leakfree.norms.convert import convert_norms
-from leakfree.norms.domain import DomainBatchNorm, domain
+from leakfree.norms.domains import domain
 from leakfree.norms.frozen import FrozenBatchNorm
 from leakfree.norms.partitioned import (
     BatchNorm,
@@ -12,6 +12,7 @@ from leakfree.norms.partitioned import (
     SyncBatchNorm,
     batch_statistics,
 )
+from leakfree.norms.per_domain import DomainBatchNorm
 from leakfree.norms.registry import NORMS, GroupNorm, build_norm
 from leakfree.norms.statistics import Moments, group_moments, partitioned_batch_norm
 from leakfree.partition import NormalizationScope, Partition, image_partition, normalization_scope

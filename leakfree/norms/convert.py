@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from leakfree.errors import ConfigError, LeakfreeError
-from leakfree.norms.domain import DomainBatchNorm
 from leakfree.norms.frozen import FrozenBatchNorm
 from leakfree.norms.partitioned import PartitionedBatchNorm
+from leakfree.norms.per_domain import DomainBatchNorm
 from leakfree.norms.registry import NORMS, accepted_options, build_norm
 
 __all__ = ["convert_norms"]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leakfree.distributed import Group
+from leakfree.errors import LeakfreeError
 from leakfree.norms.statistics import partitioned_batch_norm
 from leakfree.partition import Partition, current_scope
 from leakfree.recomputation import Replay, recomputing
@@ -134,7 +135,7 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
         updates = self.training and not self.frozen and not self._measured
         own = self.training and not self._measured
         again = own and recomputing()
-        partition = _on_device(self._partition(input, again) if own else self._partition_in_eval(input), input)
+        partition = self._partition(input, again) if own else _on_device(self._partition_in_eval(input), input)
         if partition.groups is not None and len(partition.groups) != len(input):
             raise ValueError(
                 f"{type(self).__name__}: the groups cover {len(partition.groups)} rows, the input has {len(input)}"
@@ -149,6 +150,8 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self._measured or (not self.frozen and (self.training or self.batch_statistics_in_eval))
 
     def _forward_running(self, x: Tensor) -> Tensor:
+        if self.running_mean is None or self.running_var is None:
+            raise LeakfreeError(f"{type(self).__name__}: frozen, but it keeps no running statistics")
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def _normalize(self, x: Tensor, partition: Partition, tracked: bool) -> Tensor:
@@ -171,18 +174,18 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """:meth:`partition`, or what it was when the forward that is now recomputed ran."""
         if again:
             before = self._replay.recall(x)
-            if before is None and not (self._draws or self._was_in_scope):
-                return self.partition(x)  # it follows from the input
-            if before is None:
+            if before is not None:
+                return before
+            if self._draws or self._was_in_scope:
                 raise RuntimeError(
                     f"{type(self).__name__}: this forward runs inside a backward, but its input is that of no recent "
                     "forward, so the groups of that cannot be found again; keep the layer out of the checkpointed part"
                 )
-            return before
         partition = _on_device(self.partition(x), x)
-        if current_scope() is not None:
+        scoped = current_scope() is not None
+        if scoped:
             self._was_in_scope = True
-        if (self._draws or current_scope() is not None) and not torch.compiler.is_compiling():
+        if (self._draws or scoped) and not again and not torch.compiler.is_compiling():
             self._replay.remember(x, dataclasses.replace(partition), graph=partition)
         return partition
 

@@ -9,7 +9,6 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from leakfree.errors import ConfigError, choices
-from leakfree.norms.domain import DomainBatchNorm
 from leakfree.norms.frozen import FrozenBatchNorm
 from leakfree.norms.partitioned import (
     BatchNorm,
@@ -18,6 +17,7 @@ from leakfree.norms.partitioned import (
     ShuffleBatchNorm,
     SyncBatchNorm,
 )
+from leakfree.norms.per_domain import DomainBatchNorm
 
 __all__ = ["NORMS", "accepted_options", "build_norm"]
 

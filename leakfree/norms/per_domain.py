@@ -1,19 +1,15 @@
 """DomainBN: the rows of one domain share statistics, and every domain has running statistics of its own.
 
-A domain is a data set, a corruption, or a level of a feature pyramid that shares its head with the
-others. Which one the rows of a forward are from is said by :func:`domain`, never by the order of calls.
+Which domain the rows of a forward are from is said by :func:`leakfree.norms.domain`.
 
 Legend: D domains, N rows, C channels, S positions of a row.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, SupportsIndex, overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,151 +17,20 @@ from torch import Tensor, nn
 
 from leakfree.distributed import Group
 from leakfree.errors import LeakfreeError, choices
+from leakfree.norms.domains import NO_ROWS, Given, Key, Levels, Rows, current_domain, domain, given_domain
 from leakfree.norms.partitioned import BatchNorm, PartitionedBatchNorm, State
-from leakfree.norms.statistics import Moments, group_moments, partitioned_batch_norm
+from leakfree.norms.statistics import partitioned_batch_norm
 from leakfree.partition import Partition
 from leakfree.recomputation import Replay, recomputing
 
-__all__ = ["DomainBatchNorm", "domain"]
-
-Key = int | str  # a domain by its index or its name
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The domains of the rows of a tensor (N, C, *): ``index`` of all of them, or ``ids``, int64 (N,)."""
-
-    index: int | None = None
-    ids: Tensor | None = None
-
-    def groups(self, x: Tensor) -> Tensor:
-        if self.ids is not None:
-            return self.ids
-        assert self.index is not None
-        return torch.full((len(x),), self.index, device=x.device)
-
-    def spread(self, table: Tensor, x: Tensor) -> Tensor:
-        """(D, C) -> what broadcasts against ``x``."""
-        rows = table[self.index][None] if self.ids is None else table.index_select(0, self.ids)
-        return rows.reshape(*rows.shape, *[1] * (x.ndim - 2))
-
-    def moments(self, x: Tensor, whole: Partition, num_domains: int) -> Moments:
-        """Moments of each domain over the ranks that ``whole`` spans."""
-        groups = Partition(self.groups(x), num_domains, whole.across_ranks, whole.process_group)
-        return group_moments(x, groups)
-
-    def same_as(self, other: _Rows) -> bool:
-        if self.ids is None or other.ids is None:
-            return self.index == other.index and self.ids is other.ids
-        return torch.equal(self.ids, other.ids)
-
-
-_NO_ROWS = _Rows(0)  # of any domain; always the same, as empty inputs cannot be told apart in a recomputation
-
-
-@dataclass(frozen=True, eq=False)
-class _Levels:
-    """The domains of the positions of a tensor (N, C, S, 1...): the first ``sizes[0]`` are of ``domains[0]``, ..."""
-
-    domains: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    def spread(self, table: Tensor, x: Tensor) -> Tensor:
-        of_position = torch.repeat_interleave(torch.tensor(self.domains), torch.tensor(self.sizes)).to(x.device)
-        return table.index_select(0, of_position).t().reshape(1, x.shape[1], -1, *[1] * (x.ndim - 3))
-
-    def moments(self, x: Tensor, whole: Partition, num_domains: int) -> Moments:
-        # Each rank goes through all domains, those that it has no level of too: the exchanges stay in step.
-        levels = dict(zip(self.domains, x.split(list(self.sizes), 2), strict=True))
-        one = Partition(across_ranks=whole.across_ranks, process_group=whole.process_group)
-        each = [group_moments(levels.get(index, x[:, :, :0]), one) for index in range(num_domains)]
-        count, mean, var = (torch.cat([getattr(of, name) for of in each]) for name in ("count", "mean", "var"))
-        return Moments(count, mean, var)
+__all__ = ["DomainBatchNorm"]
 
 
 @dataclass(frozen=True)
 class _DomainPartition(Partition):
     """A partition that also tells the domains, which need not be its groups."""
 
-    domains: _Rows | _Levels = _NO_ROWS
-
-
-class _Given:
-    """What a context says, checked and moved once for all layers inside."""
-
-    def __init__(self, key: Key | Tensor | _Levels) -> None:
-        self.key: Key | _Levels | None = None
-        self.ids: Tensor | None = None
-        if isinstance(key, Tensor) and key.dtype == torch.int64 and key.ndim == 1:
-            self.ids = key.detach().clone()  # a backward will need it as it is now
-        elif isinstance(key, (str, _Levels)):
-            self.key = key
-        else:
-            self.key = _index(key)
-        self.in_backward = recomputing()
-        self._bounds: tuple[int, int] | None = None
-        self._copies: dict[torch.device, Tensor] = {}
-
-    def bounds(self) -> tuple[int, int]:
-        """The smallest and the largest of ``ids``, (0, 0) if there are none. The first call waits for the device."""
-        assert self.ids is not None
-        if self._bounds is None:
-            low, high = self.ids.aminmax() if len(self.ids) else (0, 0)
-            self._bounds = (int(low), int(high))
-        return self._bounds
-
-    def on(self, device: torch.device) -> Tensor:
-        assert self.ids is not None
-        if device not in self._copies:
-            self._copies[device] = self.ids.to(device)
-        return self._copies[device]
-
-
-def _index(key: object) -> int:
-    if isinstance(key, SupportsIndex) and not isinstance(key, (bool, Tensor)):
-        return operator.index(key)
-    got = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-    raise LeakfreeError(
-        f"domain: expected an index, a name, or an int64 tensor (N,) with the index of each row; got {got}"
-    )
-
-
-_GIVEN: ContextVar[_Given | None] = ContextVar("leakfree_domain", default=None)
-
-
-@contextmanager
-def _given(given: _Given) -> Iterator[None]:
-    token = _GIVEN.set(given)
-    try:
-        yield
-    finally:
-        _GIVEN.reset(token)
-
-
-@contextmanager
-def domain(key: Key | Tensor) -> Iterator[None]:
-    """Say which domain the rows are from that :class:`DomainBatchNorm` layers normalize inside.
-
-    Holds for every layer in the forward, for this thread, until a context inside says otherwise. A layer
-    that runs again in a backward (activation checkpointing) finds the domains of its first forward by its
-    input, wherever the backward runs; a context opened inside the checkpointed function comes first.
-
-    Args:
-        key: the index of the domain of all rows, or its name where the layer knows names; or int64 (N,),
-            the index of each row of a mixed batch, on any device. The tensor is tied to the order of the
-            rows: where rows are moved or picked inside (``Shuffled``, RoIs), open another context there.
-
-    Raises:
-        LeakfreeError: ``key`` is none of these. Whether it fits is told by the layer.
-
-    Example:
-        >>> with domain("p3"):                                               # doctest: +SKIP
-        ...     y = head(features["p3"])
-        >>> with domain(batch["domain"]):                                    # doctest: +SKIP
-        ...     loss = model(batch["image"])
-    """
-    with _given(_Given(key)):
-        yield
+    domains: Rows | Levels = NO_ROWS
 
 
 class DomainBatchNorm(PartitionedBatchNorm):
@@ -247,7 +112,7 @@ class DomainBatchNorm(PartitionedBatchNorm):
         self.separate_affine = affine == "separate"
         self.across_ranks = across_ranks
         self.process_group = process_group
-        self._told: Replay[_Rows] = Replay(type(self).__name__, _Rows.same_as)
+        self._said: Replay[Rows] = Replay(type(self).__name__, Rows.same_as)
         if self.separate_affine:
             self.weight = nn.Parameter(torch.ones(num_domains, num_features))
             self.bias = nn.Parameter(torch.zeros(num_domains, num_features))
@@ -302,22 +167,22 @@ class DomainBatchNorm(PartitionedBatchNorm):
                 f"the layer has {self.num_domains} domains, from 0 to {self.num_domains - 1}"
             )
 
-    def _domains(self, x: Tensor) -> _Rows | _Levels:
+    def _domains(self, x: Tensor) -> Rows | Levels:
         """The domains of the rows of ``x``, from the context or, in a recomputation, from the first forward."""
-        given = _GIVEN.get()
+        given = current_domain()
         if recomputing() and (given is None or not given.in_backward):
             return self._domains_before(x)
         domains = self._domains_said(x)
-        if isinstance(domains, _Levels):
+        if isinstance(domains, Levels):
             return domains  # a recomputation says them again
         if not len(x):
-            return _NO_ROWS
+            return NO_ROWS
         if not torch.is_inference_mode_enabled():
-            self._told.remember(x, replace(domains), graph=domains)
+            self._said.remember(x, replace(domains), graph=domains)
         return domains
 
-    def _domains_said(self, x: Tensor) -> _Rows | _Levels:
-        given = _GIVEN.get()
+    def _domains_said(self, x: Tensor) -> Rows | Levels:
+        given = current_domain()
         if given is None:
             raise LeakfreeError(
                 f"{type(self).__name__}: the domain of the rows is not known; run the forward inside "
@@ -325,24 +190,24 @@ class DomainBatchNorm(PartitionedBatchNorm):
                 + ("" if self.domain_names is None else f" or name ({', '.join(self.domain_names)})")
                 + f" of one of the {self.num_domains} domains, or int64 (N,), one index for each row"
             )
-        if isinstance(given.key, _Levels):
+        if isinstance(given.key, Levels):
             return given.key
         if given.key is not None:
-            return _Rows(index=self.index_of(given.key))
+            return Rows(index=self.index_of(given.key))
         assert given.ids is not None
         if len(given.ids) != len(x):
             raise LeakfreeError(
                 f"{type(self).__name__}: the domains of {len(given.ids)} rows are given, but the input has {len(x)}"
             )
         self._check_range(*given.bounds())
-        return _Rows(ids=given.on(x.device))
+        return Rows(ids=given.on(x.device))
 
-    def _domains_before(self, x: Tensor) -> _Rows:
+    def _domains_before(self, x: Tensor) -> Rows:
         if not len(x):
-            return _NO_ROWS
+            return NO_ROWS
         inside = "open `with domain(...)` inside the checkpointed function"
         try:
-            before = self._told.recall(x)
+            before = self._said.recall(x)
         except RuntimeError as error:
             raise LeakfreeError(
                 f"{type(self).__name__}: forwards on the same input but in different domains wait for their "
@@ -395,7 +260,7 @@ class DomainBatchNorm(PartitionedBatchNorm):
         sizes = [level.shape[2] for level in flat]
         together = torch.cat(flat, 2)
         together = together.view(*together.shape, *[1] * (levels[0].ndim - 3))
-        with _given(_Given(_Levels(tuple(indices), tuple(sizes)))):
+        with given_domain(Given(Levels(tuple(indices), tuple(sizes)))):
             y = super().forward(together)
         # Copies: parts of one tensor could not be changed in place (ReLU).
         parts = zip(y.flatten(2).split(sizes, 2), levels, strict=True)
@@ -418,7 +283,7 @@ class DomainBatchNorm(PartitionedBatchNorm):
         domains = self._domains(x)
         groups = None
         if not shares:
-            assert isinstance(domains, _Rows)
+            assert isinstance(domains, Rows)
             if domains.ids is not None or whole.synchronized:  # else the only group
                 groups = domains.groups(x)
         return _DomainPartition(
@@ -436,9 +301,9 @@ class DomainBatchNorm(PartitionedBatchNorm):
             domains, groups_are_domains = self._domains(x), False
         else:  # nothing depends on the domain
             return super()._normalize(x, partition, tracked)
-        index = domains.index if isinstance(domains, _Rows) else None
+        index = domains.index if isinstance(domains, Rows) else None
         if index is not None and partition.groups is None and not partition.synchronized:
-            return _tie(self._forward_one_domain(x, index, tracked), domains)
+            return _tie(self._forward_native(x, tracked, self._state_of(index)), domains)
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         maps_later = self.separate_affine and not groups_are_domains
@@ -469,31 +334,21 @@ class DomainBatchNorm(PartitionedBatchNorm):
             of(self.num_batches_tracked, self._separate_running),
         )
 
-    def _forward_one_domain(self, x: Tensor, index: int, tracked: bool) -> Tensor:
-        state = self._state_of(index)
-        if not tracked:
-            return self._forward_native(x, False, state)
-        assert state.running_mean is not None
-        assert state.running_var is not None
-        # Torch's kernel keeps the running statistics for its backward: another domain's update must not reach them.
-        mean, var = state.running_mean.clone(), state.running_var.clone()
-        y = self._forward_native(x, True, state._replace(running_mean=mean, running_var=var))
-        state.running_mean.copy_(mean)
-        state.running_var.copy_(var)
-        return y
-
     def _forward_running(self, x: Tensor) -> Tensor:
-        if self.running_mean is None or self.running_var is None:
-            raise LeakfreeError(f"{type(self).__name__}: frozen, but it keeps no running statistics")
-        if not (self._separate_running or self.separate_affine):
+        if (
+            self.running_mean is None
+            or self.running_var is None
+            or not (self._separate_running or self.separate_affine)
+        ):
             return super()._forward_running(x)
         domains = self._domains(x)
-        assert isinstance(domains, _Rows)
+        assert isinstance(domains, Rows)
         if domains.index is not None:
             weight, bias, mean, var, _ = self._state_of(domains.index)
             assert mean is not None
             assert var is not None
-            y = F.batch_norm(x, mean.clone(), var.clone(), weight, bias, False, 0.0, self.eps)  # see above
+            # Copies: torch keeps them for the backward, and another domain's update would count as a change of them.
+            y = F.batch_norm(x, mean.clone(), var.clone(), weight, bias, False, 0.0, self.eps)
             return _tie(y, domains)
         scale = torch.rsqrt(self.running_var.double() + self.eps)
         if self.weight is not None:
@@ -514,7 +369,7 @@ class DomainBatchNorm(PartitionedBatchNorm):
             yield 0, input
         else:
             domains = self._domains_said(input)
-            assert isinstance(domains, _Rows)
+            assert isinstance(domains, Rows)
             if domains.ids is None:
                 assert domains.index is not None
                 yield domains.index, input
@@ -559,7 +414,7 @@ def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return y.to(x.dtype)
 
 
-def _tie(y: Tensor, domains: _Rows | _Levels) -> Tensor:
+def _tie(y: Tensor, domains: Rows | Levels) -> Tensor:
     """Make ``domains`` live as long as the graph of ``y``: the sign by which ``Replay`` knows that it may run again."""
     if y.grad_fn is not None:
         graph: Any = y.grad_fn
