@@ -25,7 +25,6 @@ __all__ = [
     "gradient",
     "product_sums",
     "row_sums",
-    "square_sums",
 ]
 
 _BLOCK_BYTES = 1 << 20  # of a block's buffer, per thread
@@ -126,19 +125,12 @@ def row_sums(x: Rows) -> Tensor:
     return x.per_channel(x.values.sum(1, dtype=x.wide))
 
 
-def deviation_sums(x: Rows, center: Tensor) -> Tensor:
-    """Sum over positions of ``x - center``: (N, C)."""
+def deviation_sums(x: Rows, center: Tensor, *, squared: bool = False) -> Tensor:
+    """Sum over positions of ``x - center``, or of its square: (N, C)."""
     total, c = x.room_for_sums(), x.coefficient(center)
     for rows, here, block in x.blocks():
-        _add_sum(total, rows, here, torch.sub(x.values[rows, here], c[rows], out=block))
-    return x.per_channel(total)
-
-
-def square_sums(x: Rows, center: Tensor) -> Tensor:
-    """Sum over positions of ``(x - center) ** 2``: (N, C)."""
-    total, c = x.room_for_sums(), x.coefficient(center)
-    for rows, here, block in x.blocks():
-        _add_sum(total, rows, here, torch.sub(x.values[rows, here], c[rows], out=block).square_())
+        deviation = torch.sub(x.values[rows, here], c[rows], out=block)
+        _add_sum(total, rows, here, deviation.square_() if squared else deviation)
     return x.per_channel(total)
 
 

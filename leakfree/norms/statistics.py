@@ -23,7 +23,6 @@ from leakfree.norms.blocked import (
     gradient,
     product_sums,
     row_sums,
-    square_sums,
 )
 from leakfree.partition import Partition
 
@@ -95,7 +94,7 @@ def _local_moments(x: Rows, groups: Tensor | None, num_groups: int) -> Moments:
     share = 1 / count.clamp(min=1)[:, None]
     center = (totals * share).to(x.wide)  # the mean, rounded: any number near it would do
     (row_center,) = _spread(groups, x.wide, center)
-    squares = _sum_rows(square_sums(x, row_center), groups, num_groups) * share
+    squares = _sum_rows(deviation_sums(x, row_center, squared=True), groups, num_groups) * share
     if _is_near_zero(center, squares.sqrt()):
         shift = totals * share - center
     else:  # the rounding of the sums themselves would show
@@ -127,8 +126,7 @@ class _Normalize(torch.autograd.Function):
         y = rows.tensor(affine(rows, None if near else c, a, b))
         ctx.save_for_backward(x, weight, moments.mean, invstd, moments.count, center)
         ctx.partition, ctx.near = partition, near
-        ctx.affine_dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
-        ctx.affine_shapes = (None if weight is None else weight.shape, None if bias is None else bias.shape)
+        ctx.affine = [None if table is None else (table.dtype, table.ndim) for table in (weight, bias)]
         ctx.mark_non_differentiable(moments.count, moments.mean, moments.var)
         return y, moments.count, moments.mean, moments.var
 
@@ -145,8 +143,8 @@ class _Normalize(torch.autograd.Function):
         total, product = _sum_rows(sums, groups, num_groups).chunk(2, dim=1)
         product = (product + (center - mean) * total) * invstd  # sum of dy * xhat
         weight_grad, bias_grad = (
-            None if dtype is None else (sums if len(shape) == 2 else sums.sum(0)).to(dtype)
-            for sums, dtype, shape in zip((product, total), ctx.affine_dtypes, ctx.affine_shapes, strict=True)
+            None if kind is None else (of_groups if kind[1] == 2 else of_groups.sum(0)).to(kind[0])
+            for of_groups, kind in zip((product, total), ctx.affine, strict=True)
         )
         dx = None
         scale = invstd if weight is None else invstd * weight.double()

@@ -96,7 +96,10 @@ def draw_groups(
     Raises:
         RuntimeError: on every rank, when ranks disagree on the seed or the count of draws; going on
             would send rows astray.
+        ValueError: a seed that does not fit in 64 bits.
     """
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, got {seed}")
     shared = [seed, index, num_groups or 0, int(balance)]
     table = all_gather_table([num_rows, base_groups or 0, *shared, *facts], group)
     agreed = table[:, 2 : 2 + len(shared)]

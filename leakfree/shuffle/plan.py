@@ -90,7 +90,7 @@ class GroupDraw:
             as rank r has, and it takes at least as many groups as ranks.
 
     Raises:
-        ValueError: fewer groups than ranks that keep their sizes.
+        ValueError: no group; fewer groups than ranks that keep their sizes.
     """
 
     sizes: npt.ArrayLike
@@ -101,6 +101,8 @@ class GroupDraw:
     balance: bool = True
 
     def __post_init__(self) -> None:
+        if self.num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1, got {self.num_groups}")
         if not self.balance and self.num_groups < self.world_size:
             raise ValueError(
                 f"ranks that keep their number of rows need a group each: num_groups={self.num_groups} is less than "

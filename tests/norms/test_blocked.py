@@ -101,7 +101,7 @@ def _check_passes(x, dy):
         _close(blocked.row_sums(rows), over_positions(x64), rows.wide)
         if centered:
             _close(blocked.deviation_sums(rows, center), over_positions(x64 - c), rows.wide)
-            _close(blocked.square_sums(rows, center), over_positions((x64 - c) ** 2), rows.wide)
+            _close(blocked.deviation_sums(rows, center, squared=True), over_positions((x64 - c) ** 2), rows.wide)
         total, product = blocked.product_sums(dy_rows, rows, given)
         _close(total, over_positions(dy64), rows.wide)
         _close(product, over_positions(dy64 * (x64 - c)), rows.wide)

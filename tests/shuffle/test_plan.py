@@ -163,3 +163,8 @@ def test_one_rank_of_thousands_knows_its_own_rows_alone():
         there = GroupDraw(sizes, int(source), 4096, 0, 0)
         rows = np.arange(there.bounds[source], there.bounds[source + 1])
         assert set(rows[there.rank_of_group(there.groups) == rank]) == set(draw.sources[met == source])
+
+
+def test_no_group_is_refused():
+    with pytest.raises(ValueError, match="num_groups must be at least 1, got 0"):
+        GroupDraw((3, 2), 0, 0, 1, 0)

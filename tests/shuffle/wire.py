@@ -1,4 +1,4 @@
-"""Watching what one rank puts on the wire, by wrapping the functions of ``torch.distributed``."""
+"""Watching one rank: what it puts on the wire (``torch.distributed``, wrapped), and what it is told of mistakes."""
 
 from __future__ import annotations
 
@@ -63,3 +63,16 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     row = tensor.shape[1:].numel() * tensor.element_size()
     packed = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())  # `contiguous` leaves single rows
     return packed.view(-1).view(torch.uint8).view(len(tensor), row)
+
+
+def told_by(mistakes: dict[str, Callable[[], object]], in_step: Callable[[], bool]) -> dict[str, str]:
+    """What this rank is told of each mistake ("nothing" if it passes); after each, ``in_step()`` must hold."""
+    told = {}
+    for name, mistake in mistakes.items():
+        try:
+            mistake()
+            told[name] = "nothing"
+        except Exception as error:
+            told[name] = f"{type(error).__name__}: {error}"
+        assert in_step(), f"the ranks are out of step after: {name}"
+    return told
