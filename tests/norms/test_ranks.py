@@ -4,7 +4,6 @@ Each call of ``run_ranks`` sets up a process group, so one call runs a list of c
 """
 
 import contextlib
-import functools
 import itertools
 import warnings
 from dataclasses import dataclass, field, replace
@@ -23,38 +22,15 @@ from leakfree.norms import batch_statistics, build_norm, image_partition, normal
 from leakfree.shuffle import Shuffled
 from leakfree.shuffle.plan import GroupDraw, mix_seed
 from tests.ranks import run_ranks
+from tests.wire import recorded
 
 C = 3
 STEPS = 2  # forwards and backwards of a case: the second draw is another one
-COLLECTIVES = [
-    *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single"),
-    *("barrier", "broadcast", "broadcast_object_list", "gather", "irecv", "isend", "recv", "reduce"),
-    *("reduce_scatter", "reduce_scatter_tensor", "scatter", "send"),
-]
 
 
-@contextlib.contextmanager
-def _wire():
-    """The collectives of torch.distributed called inside, as (name, numbers this rank puts in)."""
-    log, originals = [], {name: getattr(dist, name) for name in COLLECTIVES}
-
-    def logging(name):
-        own = 1 if name in ("all_gather_into_tensor", "all_to_all_single", "reduce_scatter_tensor") else 0
-
-        @functools.wraps(originals[name])
-        def call(*args, **kwargs):
-            log.append((name, args[own].numel() if isinstance(args[own], torch.Tensor) else None))
-            return originals[name](*args, **kwargs)
-
-        return call
-
-    try:
-        for name in COLLECTIVES:
-            setattr(dist, name, logging(name))
-        yield log
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+def _sent(calls):
+    """(name, numbers this rank puts in) of each collective."""
+    return [(call.name, call.numbers) for call in calls]
 
 
 @dataclass(frozen=True)
@@ -165,14 +141,14 @@ def _run_one(rank, case):
             scope = normalization_scope(image_partition(case.images[rank], case.per_group))
         elif case.scoped:
             scope = normalization_scope()
-        with scope, _wire() as forward:
+        with scope, recorded() as forward:
             y = nn.Sequential(*layers)(x)
-        with _wire() as backward:
+        with recorded() as backward:
             (y * v).sum().backward()
         assert y.dtype == case.dtype
         groups = [None if layer.last_groups is None else layer.last_groups.tolist() for layer in layers]
         dx = _array(torch.zeros_like(x) if not x.requires_grad else x.grad)
-        steps.append({"y": _array(y), "dx": dx, "groups": groups, "wire": (forward, backward)})
+        steps.append({"y": _array(y), "dx": dx, "groups": groups, "wire": (_sent(forward), _sent(backward))})
     gradients = [_array(torch.stack([layer.weight.grad, layer.bias.grad])) for layer in layers]
     buffers = [_array(torch.stack([layer.running_mean, layer.running_var])) for layer in layers]
     return {
@@ -446,9 +422,9 @@ def _recompute(rank, world_size, reentrant):
     head = nn.Sequential(build_norm("ShuffleBN", C, dim=1, num_groups=2), nn.Linear(C, C))
     x = torch.randn(6, C, requires_grad=True)
     y = checkpoint(head, x, use_reentrant=reentrant)
-    with _wire() as log:
+    with recorded() as log:
         y.sum().backward()
-    return log
+    return _sent(log)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -463,7 +439,7 @@ def _silent(rank, world_size, kind, mode):
     model.train(mode in ("frozen", "measured"))
     layer.frozen = mode == "frozen"
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with _wire() as log:
+    with recorded() as log:
         for _ in range(1 + rank):  # so that a collective would also hang
             with normalization_scope(), batch_statistics(model) if mode == "measured" else contextlib.nullcontext():
                 model(torch.randn(4, C)).square().sum().backward()

@@ -17,7 +17,7 @@ from leakfree.norms import build_norm
 from leakfree.shuffle import Ticket, batch_shuffle, batch_unshuffle, exchange
 from leakfree.shuffle.nest import tensors_of
 from tests.ranks import run_ranks
-from tests.shuffle.wire import bits, recorded, told_by
+from tests.wire import bits, recorded, told_by
 
 pytestmark = pytest.mark.filterwarnings("ignore:batch_shuffle over one rank")
 

@@ -13,7 +13,7 @@ from leakfree.norms import build_norm, normalization_scope
 from leakfree.partition import current_scope, image_partition
 from leakfree.shuffle import Shuffled
 from tests.ranks import run_ranks
-from tests.shuffle.wire import recorded, told_by
+from tests.wire import recorded, told_by
 
 
 def _head(shuffle, seed=5, num_groups=4):

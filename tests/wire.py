@@ -14,18 +14,20 @@ import torch.distributed as dist
 _COLLECTIVES = [
     name
     for name in dir(dist)
-    if name.startswith(("all_", "broadcast", "reduce", "gather", "scatter", "send", "isend", "batch_isend"))
+    if name.startswith(("all_", "broadcast", "reduce", "gather", "scatter", "send", "isend", "recv", "irecv", "batch_"))
     and callable(getattr(dist, name))
     and not isinstance(getattr(dist, name), type)
 ] + ["barrier"]
+_INTO = ("all_gather_into_tensor", "all_to_all_single", "reduce_scatter_tensor")  # the result is given first
 
 
 @dataclass(frozen=True)
 class Call:
-    """One collective: its name and, where one tensor goes in, the bytes for each receiving rank."""
+    """One collective: its name, the numbers of the tensor that goes in and, by kind, its bytes for each receiver."""
 
     name: str
     bytes_to: tuple[int, ...] = ()
+    numbers: int | None = None
 
 
 @contextmanager
@@ -46,13 +48,12 @@ def _noting(calls: list[Call], name: str, function: Callable[..., Any]) -> Calla
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         bytes_to: tuple[int, ...] = ()
+        data = args[1] if name in _INTO else args[0] if args else None
         if name == "all_to_all_single":
-            _, data, _, shares = args
-            bytes_to = tuple(share * data.element_size() for share in shares)
+            bytes_to = tuple(share * data.element_size() for share in args[3])
         elif name == "all_gather_into_tensor":
-            data = args[1]
             bytes_to = (data.numel() * data.element_size(),) * dist.get_world_size(kwargs.get("group"))
-        calls.append(Call(name, bytes_to))
+        calls.append(Call(name, bytes_to, data.numel() if isinstance(data, torch.Tensor) else None))
         return function(*args, **kwargs)
 
     return call
