@@ -222,7 +222,7 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
         share = (seen.double() * momentum)[..., None]
         unbiased = var * (count / (count - 1).clamp(min=1))[..., None]
         for buffer, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            buffer.copy_(buffer + share * (new - buffer))
+            buffer.lerp_(new.to(buffer.dtype), share.to(buffer.dtype))
 
 
 def _column(vector: Tensor, like: Tensor) -> Tensor:

@@ -44,10 +44,9 @@ class Moments:
     def pooled(self) -> tuple[Tensor, Tensor, Tensor]:
         """(count, mean (C,), biased variance (C,)) of all groups together (methods: pooled estimator)."""
         total = self.count.sum()
-        weight = (self.count / total.clamp(min=1))[:, None]
-        mean = (weight * self.mean).sum(0)
-        var = (weight * (self.var + (self.mean - mean) ** 2)).sum(0)
-        return total, mean, var
+        weight = self.count / total.clamp(min=1)
+        mean = weight @ self.mean
+        return total, mean, weight @ torch.addcmul(self.var, self.mean - mean, self.mean - mean)
 
 
 def _sum_rows(values: Tensor, groups: Tensor | None, num_groups: int) -> Tensor:
@@ -58,15 +57,15 @@ def _sum_rows(values: Tensor, groups: Tensor | None, num_groups: int) -> Tensor:
     return total.index_add_(0, groups, values.double())
 
 
-def _spread(groups: Tensor | None, dtype: torch.dtype, *numbers: Tensor) -> tuple[Tensor, ...]:
-    """Each (G, C) float64 -> (N or 1, C) in ``dtype``."""
-    together = torch.stack(numbers).to(dtype)
-    return (together if groups is None else together.index_select(1, groups)).unbind()
+def _spread(groups: Tensor | None, dtype: torch.dtype, *numbers: Tensor) -> list[Tensor]:
+    """Each (G, C) -> (N or 1, C) in ``dtype``."""
+    tables = (table.to(dtype) for table in numbers)
+    return [table if groups is None else table.index_select(0, groups) for table in tables]
 
 
-def _is_near_zero(mean: Tensor, std: Tensor) -> bool:
+def _is_near_zero(mean: Tensor, var: Tensor) -> bool:
     """Whether no channel of any group is far from 0; False where asking would wait for the device."""
-    return mean.device.type == "cpu" and bool((mean.abs() <= _NEAR_ZERO * std).all())
+    return mean.device.type == "cpu" and bool((mean * mean <= _NEAR_ZERO**2 * var).all())
 
 
 def group_moments(x: Tensor, partition: Partition) -> Moments:
@@ -74,32 +73,33 @@ def group_moments(x: Tensor, partition: Partition) -> Moments:
     return _moments(Rows.of(x.detach()), partition)
 
 
-def _moments(x: Rows, partition: Partition) -> Moments:
-    moments = _local_moments(x, partition.groups, partition.num_groups)
+def _moments(x: Rows, partition: Partition, *, room: Tensor | None = None) -> Moments:
+    moments = _local_moments(x, partition.groups, partition.num_groups, room)
     if not partition.synchronized:
         return moments
     weight, mean, var = moments.count[:, None], moments.mean, moments.var
-    packed = torch.cat([weight, weight * mean, weight * (var + mean * mean)], dim=1)
+    packed = torch.cat([weight, weight * mean, weight * torch.addcmul(var, mean, mean)], dim=1)
     all_reduce_sum_(packed, partition.process_group)
     count = packed[:, 0]
     mean, square = (packed[:, 1:] / count.clamp(min=1)[:, None]).chunk(2, dim=1)
-    return Moments(count, mean, (square - mean * mean).clamp(min=0))
+    return Moments(count, mean, torch.addcmul(square, mean, mean, value=-1).clamp_(min=0))
 
 
-def _local_moments(x: Rows, groups: Tensor | None, num_groups: int) -> Moments:
+def _local_moments(x: Rows, groups: Tensor | None, num_groups: int, room: Tensor | None) -> Moments:
     """Moments of this rank's rows, from sums over each row about the group's mean."""
     totals = _sum_rows(row_sums(x), groups, num_groups)
     rows = totals.new_full((1,), x.shape[0]) if groups is None else torch.bincount(groups, minlength=num_groups)
     count = rows.double() * x.shape[2:].numel()
-    share = 1 / count.clamp(min=1)[:, None]
-    center = (totals * share).to(x.wide)  # the mean, rounded: any number near it would do
+    share = count.clamp(min=1).reciprocal_()[:, None]
+    mean = totals * share
+    center = mean.to(x.wide)  # any number near the mean would do
     (row_center,) = _spread(groups, x.wide, center)
-    squares = _sum_rows(deviation_sums(x, row_center, squared=True), groups, num_groups) * share
-    if _is_near_zero(center, squares.sqrt()):
-        shift = totals * share - center
-    else:  # the rounding of the sums themselves would show
-        shift = _sum_rows(deviation_sums(x, row_center), groups, num_groups) * share
-    return Moments(count, center + shift, (squares - shift * shift).clamp(min=0))
+    var = _sum_rows(deviation_sums(x, row_center, squared=True, room=room), groups, num_groups) * share
+    if _is_near_zero(mean, var):  # the rounding of the center is nothing beside the deviations
+        return Moments(count, mean, var)
+    # Here the rounding of the sums themselves would show: they are taken again, about the center.
+    shift = _sum_rows(deviation_sums(x, row_center, room=room), groups, num_groups) * share
+    return Moments(count, center + shift, torch.addcmul(var, shift, shift, value=-1).clamp_(min=0))
 
 
 class _Normalize(torch.autograd.Function):
@@ -114,18 +114,22 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, partition: Partition, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = Rows.of(x)
-        moments = _moments(rows, partition)
-        invstd = torch.rsqrt(moments.var + eps)
-        near = _is_near_zero(moments.mean, 1 / invstd)
-        center = torch.zeros_like(moments.mean) if near else moments.mean.to(rows.wide).double()
+        room = rows.room()  # before anything else is allocated: see ``blocked``
+        moments = _moments(rows, partition, room=room)
+        spread = moments.var + eps
+        near = _is_near_zero(moments.mean, spread)
+        invstd = spread.rsqrt_()
         scale = invstd if weight is None else invstd * weight.double()
-        shift = (center - moments.mean) * scale
-        if bias is not None:
-            shift = shift + bias.double()
-        c, a, b = _spread(partition.groups, rows.wide, center, scale, shift)
-        y = rows.tensor(affine(rows, None if near else c, a, b))
-        ctx.save_for_backward(x, weight, moments.mean, invstd, moments.count, center)
-        ctx.partition, ctx.near = partition, near
+        if near:  # the data's own 0 is the center, and the mean is the distance to it
+            center, distance = None, moments.mean
+        else:
+            center = moments.mean.to(rows.wide)
+            distance = moments.mean - center
+        shift = distance * -scale if bias is None else torch.addcmul(bias.double(), distance, scale, value=-1)
+        a, b, *c = _spread(partition.groups, rows.wide, scale, shift, *([] if center is None else [center]))
+        y = rows.tensor(affine(rows, c[0] if c else None, a, b, room))
+        ctx.save_for_backward(x, center, distance, invstd, scale, moments.count)
+        ctx.partition = partition
         ctx.affine = [None if table is None else (table.dtype, table.ndim) for table in (weight, bias)]
         ctx.mark_non_differentiable(moments.count, moments.mean, moments.var)
         return y, moments.count, moments.mean, moments.var
@@ -133,30 +137,31 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd, count, center = ctx.saved_tensors
+        x, center, distance, invstd, scale, count = ctx.saved_tensors
         partition: Partition = ctx.partition
         groups, num_groups = partition.groups, partition.num_groups
         rows = Rows.of(x)
         dy_rows = rows.match(dy)
-        row_center = None if ctx.near else _spread(groups, rows.wide, center)[0]
-        sums = torch.cat(product_sums(dy_rows, rows, row_center), dim=1)
+        room = rows.room() if ctx.needs_input_grad[0] else None
+        row_center = None if center is None else _spread(groups, rows.wide, center)[0]
+        sums = torch.cat(product_sums(dy_rows, rows, row_center, room=room), dim=1)
         total, product = _sum_rows(sums, groups, num_groups).chunk(2, dim=1)
-        product = (product + (center - mean) * total) * invstd  # sum of dy * xhat
+        product = torch.addcmul(product, distance, total, value=-1).mul_(invstd)  # sum of dy * xhat
         weight_grad, bias_grad = (
             None if kind is None else (of_groups if kind[1] == 2 else of_groups.sum(0)).to(kind[0])
             for of_groups, kind in zip((product, total), ctx.affine, strict=True)
         )
-        dx = None
-        scale = invstd if weight is None else invstd * weight.double()
-        sums = torch.cat([total, product], dim=1)
         if partition.synchronized:  # also where x needs no gradient here: an empty rank's may differ from the others'
+            sums = torch.cat([total, product], dim=1)
             all_reduce_sum_(sums, partition.process_group)
-        if ctx.needs_input_grad[0]:
-            mean_dy, mean_dyx = (sums / count.clamp(min=1)[:, None]).chunk(2, dim=1)
-            slope = -scale * mean_dyx * invstd
-            offset = slope * (center - mean) - scale * mean_dy
+            total, product = sums.chunk(2, dim=1)
+        dx = None
+        if room is not None:
+            share = scale / count.clamp(min=1)[:, None]
+            slope = (share * product).mul_(invstd).neg_()
+            offset = torch.addcmul(share * total, slope, distance).neg_()
             a, k, b = _spread(groups, rows.wide, scale, slope, offset)
-            dx = rows.tensor(gradient(dy_rows, rows, row_center, a, k, b))
+            dx = rows.tensor(gradient(dy_rows, rows, row_center, a, k, b, room))
         return dx, weight_grad, bias_grad, None, None
 
 

@@ -105,9 +105,9 @@ def _check_passes(x, dy):
         total, product = blocked.product_sums(dy_rows, rows, given)
         _close(total, over_positions(dy64), rows.wide)
         _close(product, over_positions(dy64 * (x64 - c)), rows.wide)
-        y = rows.tensor(blocked.affine(rows, given, scale, offset))
+        y = rows.tensor(blocked.affine(rows, given, scale, offset, rows.room()))
         _close(y, (x64 - c) * column[1] + column[3], dtype)
-        dx = rows.tensor(blocked.gradient(dy_rows, rows, given, scale, slope, offset))
+        dx = rows.tensor(blocked.gradient(dy_rows, rows, given, scale, slope, offset, rows.room()))
         _close(dx, dy64 * column[1] + (x64 - c) * column[2] + column[3], dtype)
 
 

@@ -10,6 +10,7 @@ others remain.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -339,8 +340,22 @@ def run_ranks(jobs: Sequence[Job], world_size: int, settings: argparse.Namespace
                 process.join()
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc give no memory back to the system.
+
+    Else the system clears the pages of a large result anew whenever the top of the heap happened to be free: a
+    matter of chance that can take longer than a layer, and falls on whichever variant comes next.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    with suppress(OSError, AttributeError):  # another C library: its own ways
+        glibc = ctypes.CDLL("libc.so.6")
+        glibc.mallopt(m_mmap_max, 0)
+        glibc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def _rank(rank: int, world_size: int, folder: str, jobs: Sequence[Job], settings: argparse.Namespace) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its ranks
+    _keep_freed_memory()
     torch.set_num_threads(settings.threads if world_size == 1 else 1)
     if settings.device == "cuda":
         torch.cuda.set_device(rank)
