@@ -3,6 +3,7 @@
 from leakfree.norms.convert import convert_norms
 from leakfree.norms.domains import domain
 from leakfree.norms.frozen import FrozenBatchNorm
+from leakfree.norms.moments import BatchMoments
 from leakfree.norms.partitioned import (
     BatchNorm,
     BatchStatBatchNorm,
@@ -14,12 +15,15 @@ from leakfree.norms.partitioned import (
 )
 from leakfree.norms.per_domain import DomainBatchNorm
 from leakfree.norms.registry import NORMS, GroupNorm, build_norm
+from leakfree.norms.renorm import BatchRenorm
 from leakfree.norms.statistics import Moments, group_moments, partitioned_batch_norm
 from leakfree.partition import NormalizationScope, Partition, image_partition, normalization_scope
 
 __all__ = [
     "NORMS",
+    "BatchMoments",
     "BatchNorm",
+    "BatchRenorm",
     "BatchStatBatchNorm",
     "DomainBatchNorm",
     "FrozenBatchNorm",

@@ -209,20 +209,27 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.no_grad()
     def _update_running(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
-        """Count one forward: count (), mean and biased var (C,), or (D,) and (D, C) where buffers have D rows.
+        """Count one forward: count () or (1,), mean and biased var (C,), or (D,) and (D, C) where buffers have D rows.
 
         What saw no values (count 0) stays as it is.
         """
         assert self.running_mean is not None
         assert self.running_var is not None
+        share = self._count_forward(count)
+        unbiased = var * (count / (count - 1).clamp(min=1))[..., None]
+        for buffer, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            buffer.lerp_(new.to(buffer.dtype), share.to(buffer.dtype))
+
+    def _count_forward(self, count: Tensor) -> Tensor:
+        """Count a forward over ``count`` values; the share that its statistics get in the buffers, float64.
+
+        It has a last dimension of 1 beside the shape of ``count``. Where there were no values it is 0.
+        """
         assert self.num_batches_tracked is not None
         seen = count > 0  # a tensor: no device synchronization
         self.num_batches_tracked.add_(seen.to(self.num_batches_tracked.dtype))
         momentum = 1.0 / self.num_batches_tracked.clamp(min=1).double() if self.momentum is None else self.momentum
-        share = (seen.double() * momentum)[..., None]
-        unbiased = var * (count / (count - 1).clamp(min=1))[..., None]
-        for buffer, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            buffer.lerp_(new.to(buffer.dtype), share.to(buffer.dtype))
+        return (seen.double() * momentum)[..., None]
 
 
 def _column(vector: Tensor, like: Tensor) -> Tensor:

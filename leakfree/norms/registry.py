@@ -18,6 +18,7 @@ from leakfree.norms.partitioned import (
     SyncBatchNorm,
 )
 from leakfree.norms.per_domain import DomainBatchNorm
+from leakfree.norms.renorm import BatchRenorm
 
 __all__ = ["NORMS", "accepted_options", "build_norm"]
 
@@ -53,6 +54,7 @@ for _name, _norm in {
     "ShuffleBN": ShuffleBatchNorm,
     "FrozenBN": FrozenBatchNorm,
     "BatchStatBN": BatchStatBatchNorm,
+    "BatchRenorm": BatchRenorm,
     "DomainBN": DomainBatchNorm,
     "GN": GroupNorm,
 }.items():

@@ -49,7 +49,7 @@ class Moments:
         return total, mean, weight @ torch.addcmul(self.var, self.mean - mean, self.mean - mean)
 
 
-def _sum_rows(values: Tensor, groups: Tensor | None, num_groups: int) -> Tensor:
+def sum_groups(values: Tensor, groups: Tensor | None, num_groups: int) -> Tensor:
     """Sum (N, C) rows into (G, C), in float64."""
     if groups is None:
         return values.sum(0, keepdim=True, dtype=torch.float64)
@@ -57,13 +57,13 @@ def _sum_rows(values: Tensor, groups: Tensor | None, num_groups: int) -> Tensor:
     return total.index_add_(0, groups, values.double())
 
 
-def _spread(groups: Tensor | None, dtype: torch.dtype, *numbers: Tensor) -> list[Tensor]:
+def spread_groups(groups: Tensor | None, dtype: torch.dtype, *numbers: Tensor) -> list[Tensor]:
     """Each (G, C) -> (N or 1, C) in ``dtype``."""
     tables = (table.to(dtype) for table in numbers)
     return [table if groups is None else table.index_select(0, groups) for table in tables]
 
 
-def _is_near_zero(mean: Tensor, var: Tensor) -> bool:
+def is_near_zero(mean: Tensor, var: Tensor) -> bool:
     """Whether no channel of any group is far from 0; False where asking would wait for the device."""
     return mean.device.type == "cpu" and bool((mean * mean <= _NEAR_ZERO**2 * var).all())
 
@@ -87,18 +87,18 @@ def _moments(x: Rows, partition: Partition, *, room: Tensor | None = None) -> Mo
 
 def _local_moments(x: Rows, groups: Tensor | None, num_groups: int, room: Tensor | None) -> Moments:
     """Moments of this rank's rows, from sums over each row about the group's mean."""
-    totals = _sum_rows(row_sums(x), groups, num_groups)
+    totals = sum_groups(row_sums(x), groups, num_groups)
     rows = totals.new_full((1,), x.shape[0]) if groups is None else torch.bincount(groups, minlength=num_groups)
     count = rows.double() * x.shape[2:].numel()
     share = count.clamp(min=1).reciprocal_()[:, None]
     mean = totals * share
     center = mean.to(x.wide)  # any number near the mean would do
-    (row_center,) = _spread(groups, x.wide, center)
-    var = _sum_rows(deviation_sums(x, row_center, squared=True, room=room), groups, num_groups) * share
-    if _is_near_zero(mean, var):  # the rounding of the center is nothing beside the deviations
+    (row_center,) = spread_groups(groups, x.wide, center)
+    var = sum_groups(deviation_sums(x, row_center, squared=True, room=room), groups, num_groups) * share
+    if is_near_zero(mean, var):  # the rounding of the center is nothing beside the deviations
         return Moments(count, mean, var)
     # Here the rounding of the sums themselves would show: they are taken again, about the center.
-    shift = _sum_rows(deviation_sums(x, row_center, room=room), groups, num_groups) * share
+    shift = sum_groups(deviation_sums(x, row_center, room=room), groups, num_groups) * share
     return Moments(count, center + shift, torch.addcmul(var, shift, shift, value=-1).clamp_(min=0))
 
 
@@ -117,7 +117,7 @@ class _Normalize(torch.autograd.Function):
         room = rows.room()  # before anything else is allocated: see ``blocked``
         moments = _moments(rows, partition, room=room)
         spread = moments.var + eps
-        near = _is_near_zero(moments.mean, spread)
+        near = is_near_zero(moments.mean, spread)
         invstd = spread.rsqrt_()
         scale = invstd if weight is None else invstd * weight.double()
         if near:  # the data's own 0 is the center, and the mean is the distance to it
@@ -126,7 +126,7 @@ class _Normalize(torch.autograd.Function):
             center = moments.mean.to(rows.wide)
             distance = moments.mean - center
         shift = distance * -scale if bias is None else torch.addcmul(bias.double(), distance, scale, value=-1)
-        a, b, *c = _spread(partition.groups, rows.wide, scale, shift, *([] if center is None else [center]))
+        a, b, *c = spread_groups(partition.groups, rows.wide, scale, shift, *([] if center is None else [center]))
         y = rows.tensor(affine(rows, c[0] if c else None, a, b, room))
         ctx.save_for_backward(x, center, distance, invstd, scale, moments.count)
         ctx.partition = partition
@@ -143,9 +143,9 @@ class _Normalize(torch.autograd.Function):
         rows = Rows.of(x)
         dy_rows = rows.match(dy)
         room = rows.room() if ctx.needs_input_grad[0] else None
-        row_center = None if center is None else _spread(groups, rows.wide, center)[0]
+        row_center = None if center is None else spread_groups(groups, rows.wide, center)[0]
         sums = torch.cat(product_sums(dy_rows, rows, row_center, room=room), dim=1)
-        total, product = _sum_rows(sums, groups, num_groups).chunk(2, dim=1)
+        total, product = sum_groups(sums, groups, num_groups).chunk(2, dim=1)
         product = torch.addcmul(product, distance, total, value=-1).mul_(invstd)  # sum of dy * xhat
         weight_grad, bias_grad = (
             None if kind is None else (of_groups if kind[1] == 2 else of_groups.sum(0)).to(kind[0])
@@ -160,7 +160,7 @@ class _Normalize(torch.autograd.Function):
             share = scale / count.clamp(min=1)[:, None]
             slope = (share * product).mul_(invstd).neg_()
             offset = torch.addcmul(share * total, slope, distance).neg_()
-            a, k, b = _spread(groups, rows.wide, scale, slope, offset)
+            a, k, b = spread_groups(groups, rows.wide, scale, slope, offset)
             dx = rows.tensor(gradient(dy_rows, rows, row_center, a, k, b, room))
         return dx, weight_grad, bias_grad, None, None
 

@@ -341,7 +341,7 @@ def run_ranks(jobs: Sequence[Job], world_size: int, settings: argparse.Namespace
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc give no memory back to the system.
+    """Let glibc keep freed memory instead of giving it back to the system.
 
     Else the system clears the pages of a large result anew whenever the top of the heap happened to be free: a
     matter of chance that can take longer than a layer, and falls on whichever variant comes next.
@@ -350,7 +350,7 @@ def _keep_freed_memory() -> None:
     with suppress(OSError, AttributeError):  # another C library: its own ways
         glibc = ctypes.CDLL("libc.so.6")
         glibc.mallopt(m_mmap_max, 0)
-        glibc.mallopt(m_trim_threshold, 2**31 - 1)
+        glibc.mallopt(m_trim_threshold, 2**28)  # bytes: more than a layer needs, little beside eight ranks
 
 
 def _rank(rank: int, world_size: int, folder: str, jobs: Sequence[Job], settings: argparse.Namespace) -> None:
