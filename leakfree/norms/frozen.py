@@ -21,6 +21,9 @@ class FrozenBatchNorm(nn.Module):
         affine: whether there are a weight and a bias.
         momentum: unused here; kept for the way back to a batch norm.
 
+    Attributes:
+        trained_before: whether weight and bias were trainable before ``convert_norms`` froze them, for the way back.
+
     Reference: Wu & Johnson 2021, section 4.3; detectron2 ``FrozenBatchNorm2d``.
     """
 
@@ -47,6 +50,7 @@ class FrozenBatchNorm(nn.Module):
         self.affine = affine
         self.affine_trainable = affine_trainable
         self.momentum = momentum
+        self.trained_before: dict[str, bool] = {}
         self.weight = nn.Parameter(torch.ones(num_features), requires_grad=affine_trainable) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features), requires_grad=affine_trainable) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_features))

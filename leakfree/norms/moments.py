@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leakfree.distributed import all_reduce_sum_
-from leakfree.norms.blocked import Rows, affine, gradient, product_sums, row_sums
+from leakfree.norms.blocked import Rows, affine, deviation_sums, gradient, product_sums, row_sums
 from leakfree.norms.statistics import Moments, group_moments, is_near_zero, spread_groups, sum_groups
 from leakfree.partition import Partition
 
@@ -31,12 +31,18 @@ __all__ = ["BatchMoments"]
 class _Link:
     """What the backward of the affine map leaves for that of the moments, which comes after it."""
 
-    dy: Tensor | None = None
-    scale: Tensor | None = None
+    def __init__(self) -> None:
+        self._left: tuple[int, Tensor, Tensor] | None = None
+
+    def leave(self, dy: Tensor, scale: Tensor) -> None:
+        self._left = torch._C._current_graph_task_id(), dy, scale
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
-        dy, scale, self.dy, self.scale = self.dy, self.scale, None, None
-        return dy, scale
+        """(dy, scale) of this backward; another one that stopped before the moments may have left its own."""
+        left, self._left = self._left, None
+        if left is None or left[0] != torch._C._current_graph_task_id():
+            return None, None
+        return left[1], left[2]
 
 
 class BatchMoments:
@@ -47,34 +53,59 @@ class BatchMoments:
         partition: who shares statistics; its process group sums moments and their gradients over ranks.
         instances: whether the mean of each row is wanted too.
 
+    Across ranks the inputs must agree on whether they need a gradient; those without rows need not.
+
     Attributes:
         count: (G,) values per channel, float64, constant.
-        mean, var: (G, C) float64, var biased. On CPU and for one group of one rank they are as exact as torch's
-            batch norm, else as :func:`leakfree.norms.group_moments`.
+        mean, var: (G, C) float64, var biased. On CPU, for one group of one rank and channels near 0, they are as
+            exact as torch's batch norm, else as :func:`leakfree.norms.group_moments`.
         instance_mean: (N, C) float64, mean over the positions of each row; None unless asked for.
     """
 
+    @torch.compiler.disable  # a compiler would lose what one backward leaves for the other
     def __init__(self, x: Tensor, partition: Partition | None = None, *, instances: bool = False) -> None:
-        self._x = x
         self._partition = partition if partition is not None else Partition()
-        self._link = _Link()
+        if self._partition.synchronized and not len(x) and not x.requires_grad and torch.is_grad_enabled():
+            x = x.detach().requires_grad_()  # this rank's backward meets those of the others
+        self._x = x
+        self._link: _Link | None = _Link()
         moments = _moments(x.detach(), self._partition)
-        means = row_sums(Rows.of(x.detach())).double() / max(x.shape[2:].numel(), 1) if instances else None
         self.count = moments.count
         self._near = is_near_zero(moments.mean, moments.var)
+        means = _row_means(x.detach(), None if self._near else moments.mean, self._partition) if instances else None
         self.mean, self.var, instance_mean, self._anchor = _Moments.apply(
             x, moments.mean, moments.var, moments.count, means, self._partition, self._near, self._link
         )
         self.instance_mean: Tensor | None = instance_mean if instances else None
 
+    def pooled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(count, mean (C,), biased variance (C,)) of all groups together, as constants."""
+        return Moments(self.count, self.mean.detach(), self.var.detach()).pooled()
+
+    @torch.compiler.disable
     def affine(self, scale: Tensor, shift: Tensor, *, of_rows: bool = False) -> Tensor:
-        """``x * scale + shift`` in the dtype of ``x``; call it once.
+        """``x * scale + shift`` in the dtype of ``x``; can be called once.
 
         Args:
             scale, shift: float64 (G, C); with ``of_rows`` (N, C), a map of each row.
+
+        Raises:
+            ValueError: a scale or shift of another shape or dtype.
+            RuntimeError: a second call.
         """
+        link, self._link = self._link, None
+        if link is None:  # the gradient of x knows of one map
+            raise RuntimeError("BatchMoments.affine was called before: take the moments again for another map")
+        rows, unit = (len(self._x), "row") if of_rows else (self._partition.num_groups, "group")
+        expected = (rows, self._x.shape[1])
+        for name, table in (("scale", scale), ("shift", shift)):
+            if table.shape != expected or table.dtype != torch.float64:
+                raise ValueError(
+                    f"BatchMoments.affine: {name} must be float64 {expected}, one number per {unit} and channel, "
+                    f"got {str(table.dtype).removeprefix('torch.')} {tuple(table.shape)}"
+                )
         center = None if self._near else self.mean.detach()
-        constants = (center, self._partition, of_rows, self._link)
+        constants = (center, self._partition, of_rows, link)
         result: Tensor = _Affine.apply(self._x.detach(), scale, shift, self._anchor, *constants)
         return result
 
@@ -86,7 +117,19 @@ def _moments(x: Tensor, partition: Partition) -> Moments:
     rows = Rows.of(x)
     mean, var = torch.ops.aten.batch_norm_update_stats(rows.tensor(rows.values), None, None, 0.0)
     count = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64)
-    return Moments(count, mean.double()[None], var.double()[None])
+    moments = Moments(count, mean.double()[None], var.double()[None])
+    if is_near_zero(moments.mean, moments.var):
+        return moments
+    return group_moments(x, partition)  # there torch's kernel is off by 1e-3 standard deviations
+
+
+def _row_means(x: Tensor, center: Tensor | None, partition: Partition) -> Tensor:
+    """(N, C) float64; summed about ``center`` (G, C), so that a large one costs no digits."""
+    rows, positions = Rows.of(x), max(x.shape[2:].numel(), 1)
+    if center is None:
+        return row_sums(rows).double() / positions
+    (c,) = spread_groups(partition.groups, rows.wide, center)
+    return c + deviation_sums(rows, c).double() / positions
 
 
 class _Moments(torch.autograd.Function):
@@ -186,5 +229,5 @@ class _Affine(torch.autograd.Function):
         if middle is not None:  # from the sum of dy * (x - center) to that of dy * x
             product = torch.addcmul(product, middle.double(), total)
         if ctx.needs_input_grad[3]:
-            ctx.link.dy, ctx.link.scale = dy, scale
+            ctx.link.leave(dy, scale)
         return None, product, total, dy.new_zeros((), dtype=torch.float64), None, None, None, None

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from fvcore.common.registry import Registry
 from torch import nn
 
 from leakfree.errors import ConfigError, choices
+from leakfree.norms.batch_group import BatchGroupNorm
+from leakfree.norms.cross_iteration import CrossIterationBatchNorm
+from leakfree.norms.enhanced import InstanceEnhancementBatchNorm
 from leakfree.norms.frozen import FrozenBatchNorm
+from leakfree.norms.independent import GroupNorm, InstanceNorm, LayerNorm, PositionalNorm
+from leakfree.norms.memorized import MemorizedBatchNorm
 from leakfree.norms.partitioned import (
     BatchNorm,
     BatchStatBatchNorm,
@@ -18,9 +24,10 @@ from leakfree.norms.partitioned import (
     SyncBatchNorm,
 )
 from leakfree.norms.per_domain import DomainBatchNorm
+from leakfree.norms.proxy import ProxyNorm
 from leakfree.norms.renorm import BatchRenorm
 
-__all__ = ["NORMS", "accepted_options", "build_norm"]
+__all__ = ["NORMS", "accepted_options", "build_norm", "norm_layer"]
 
 NORMS = Registry("NORMS")
 NORMS.__doc__ = """
@@ -28,23 +35,6 @@ Norm layers by name. A registered object is called as ``obj(num_features, dim=di
 returns a module for inputs (N, num_features, *). Register your own with ``@NORMS.register()`` or
 ``NORMS._do_register(name, obj)``.
 """
-
-
-class GroupNorm(nn.GroupNorm):
-    """GN: channel groups of one sample share statistics; batch independent (Wu & He 2018).
-
-    ``num_groups`` (default 32, the paper's) must divide ``num_features``.
-    """
-
-    def __init__(
-        self, num_features: int, *, num_groups: int = 32, dim: int | None = None, eps: float = 1e-5, affine: bool = True
-    ) -> None:
-        if num_groups < 1 or num_features % num_groups:
-            divisors = [str(n) for n in range(1, num_features + 1) if num_features % n == 0]
-            raise ConfigError(
-                f"GN: num_groups={num_groups} does not divide {num_features} channels; use one of {', '.join(divisors)}"
-            )
-        super().__init__(num_groups, num_features, eps, affine)
 
 
 for _name, _norm in {
@@ -55,8 +45,16 @@ for _name, _norm in {
     "FrozenBN": FrozenBatchNorm,
     "BatchStatBN": BatchStatBatchNorm,
     "BatchRenorm": BatchRenorm,
+    "CBN": CrossIterationBatchNorm,
+    "BGN": BatchGroupNorm,
+    "IEBN": InstanceEnhancementBatchNorm,
+    "MBN": MemorizedBatchNorm,
     "DomainBN": DomainBatchNorm,
     "GN": GroupNorm,
+    "LN": LayerNorm,
+    "IN": InstanceNorm,
+    "PN": PositionalNorm,
+    "ProxyNorm": ProxyNorm,
 }.items():
     NORMS._do_register(_name, _norm)
 
@@ -79,9 +77,10 @@ def build_norm(name: str, num_features: int, *, dim: int = 2, **options: Any) ->
     """Build the norm ``name`` of :data:`NORMS` for inputs (N, num_features, *).
 
     Args:
-        name: BN, SyncBN, GhostBN, ShuffleBN, FrozenBN, BatchStatBN, DomainBN, GN, or a name of yours.
+        name: BN, SyncBN, GhostBN, ShuffleBN, FrozenBN, BatchStatBN, BatchRenorm, BGN, IEBN, MBN, DomainBN, GN, or a
+            name of yours.
         dim: 1 for (N, C) and (N, C, L), 2 for (N, C, H, W), 3 for (N, C, D, H, W).
-        options: the norm's own, e.g. ``group_size`` (GhostBN), ``num_groups`` (ShuffleBN, GN),
+        options: the norm's own, e.g. ``group_size`` (GhostBN), ``num_groups`` (ShuffleBN, BGN, GN),
             ``num_domains`` (DomainBN).
 
     Raises:
@@ -101,3 +100,27 @@ def build_norm(name: str, num_features: int, *, dim: int = 2, **options: Any) ->
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"norm {name} with options {options}: {error}") from error
+
+
+def norm_layer(name: str, options: dict[str, Any], key: str) -> Callable[[int], nn.Module] | None:
+    """torchvision's ``norm_layer`` argument for a norm of :data:`NORMS` (2d); None for "none".
+
+    Args:
+        key: the config section that holds ``norm`` and ``norm_options``, for messages.
+
+    Raises:
+        ConfigError: an unknown norm, at once; or an unknown option, when a layer is built.
+    """
+    if name == "none":
+        return None
+    if name not in NORMS:
+        valid = choices(name, ["none", *(known for known, _ in NORMS)])
+        raise ConfigError(f"{key}.norm: unknown norm {name!r}; choose from {valid}")
+
+    def build(num_features: int) -> nn.Module:
+        try:
+            return build_norm(name, num_features, **options)
+        except ConfigError as error:
+            raise ConfigError(f"{key}.norm_options: {error}") from None
+
+    return build

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from leakfree.norms.moments import BatchMoments
 from leakfree.norms.partitioned import BatchNorm
+from leakfree.norms.past import Past
 from leakfree.partition import Partition
 
 __all__ = ["BatchRenorm"]
@@ -53,6 +56,7 @@ class BatchRenorm(BatchNorm):
             raise ValueError("BatchRenorm corrects towards its running statistics: track_running_stats must be True")
         self.r_max, self.d_max = r_max, d_max
         self.ramp = ramp
+        self._past = Past(type(self).__name__)
 
     @property
     def ramp(self) -> tuple[int, int, int] | None:
@@ -83,30 +87,35 @@ class BatchRenorm(BatchNorm):
         return 1 + (self.r_max - 1) * r, self.d_max * d
 
     def _normalize(self, x: Tensor, partition: Partition, tracked: bool) -> Tensor:
+        partition = dataclasses.replace(partition)  # lives as long as the graph of this forward
         batch = BatchMoments(x, partition)
         scale = torch.rsqrt(batch.var + self.eps)
         shift = -batch.mean * scale
         if self.training and not self._measured:
-            r, d = self._correct(batch, 1 / scale.detach(), tracked)
+            if tracked:
+                r, d = self._correct(batch, 1 / scale.detach())
+                self._past.keep(x, (r, d), partition)
+            else:
+                r, d = self._past.again(x)  # the moving averages have moved on
             scale, shift = scale * r, shift * r + d
         if self.weight is not None:
             scale, shift = scale * self.weight.double(), shift * self.weight.double()
         return batch.affine(scale, shift if self.bias is None else shift + self.bias.double())
 
     @torch.no_grad()
-    def _correct(self, batch: BatchMoments, batch_std: Tensor, tracked: bool) -> tuple[Tensor, Tensor]:
-        """r and d, (G, C), from the moving averages before this forward, which they follow if ``tracked``."""
+    def _correct(self, batch: BatchMoments, batch_std: Tensor) -> tuple[Tensor, Tensor]:
+        """r and d, (G, C), from the moving averages before this forward, which then follow it."""
         assert self.running_mean is not None
         assert self.running_var is not None
         mean, std = self.running_mean.double(), (self.running_var.double() + self.eps).sqrt()
         r_max, d_max = self.limits()
         r = (batch_std / std).clamp(1 / r_max, r_max)
         d = ((batch.mean - mean) / std).clamp(-d_max, d_max)
-        if tracked:
-            total = batch.count.sum()
-            weight = batch.count / total.clamp(min=1)
-            share = self._count_forward(total)
-            self.running_mean.copy_(mean + share * (weight @ batch.mean - mean))
-            std = std + share * (weight @ batch_std - std)
-            self.running_var.copy_((std * std - self.eps).clamp(min=0))
+        total = batch.count.sum()
+        weight = batch.count / total.clamp(min=1)
+        share = self._count_forward(total)
+        new_std = std + share * (weight @ batch_std - std)
+        new_var = (new_std * new_std - self.eps).clamp(min=0)
+        self.running_mean.copy_(mean + share * (weight @ batch.mean - mean))
+        self.running_var.copy_(torch.where(share > 0, new_var, self.running_var.double()))  # else bit for bit
         return r, d

@@ -8,8 +8,9 @@ from torch import nn
 from leakfree.errors import ConfigError
 from leakfree.norms import NORMS, build_norm
 
-NAMES = ["BN", "SyncBN", "GhostBN", "ShuffleBN", "FrozenBN", "BatchStatBN", "GN"]
-OPTIONS = {"GhostBN": {"group_size": 2}, "GN": {"num_groups": 3}}
+NAMES = ["BN", "SyncBN", "GhostBN", "ShuffleBN", "FrozenBN", "BatchStatBN", "BatchRenorm", "BGN", "IEBN", "MBN", "GN"]
+NAMES += ["LN", "IN", "PN", "ProxyNorm", "CBN"]
+OPTIONS = {"GhostBN": {"group_size": 2}, "GN": {"num_groups": 3}, "CBN": {"rho": 0.0}}
 
 
 @pytest.mark.parametrize("name", NAMES)
