@@ -23,6 +23,7 @@ setup(
         "torchvision>=0.21",
         "lightning>=2.5",
         "torchmetrics>=1.6",
+        "faiss-cpu>=1.8",
         "faster-coco-eval>=1.6.5",
         "omegaconf>=2.3",
         "fvcore>=0.1.5.post20221221",
@@ -38,7 +39,18 @@ setup(
     ],
     extras_require={
         "gpu": ["faiss-gpu-cu12"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis>=6.90", "ruff>=0.6", "mypy>=1.10", "types-PyYAML"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis>=6.90",
+            "timm>=1.0",
+            "onnx>=1.17",
+            "onnxscript>=0.2",
+            "onnxruntime>=1.20",
+            "ruff>=0.6",
+            "mypy>=1.10",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["leakfree = leakfree.cli:main"]},
 )
