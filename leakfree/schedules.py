@@ -1,7 +1,8 @@
-"""Functions of training progress: the learning rate, and the moment batch norms freeze.
+"""Functions of training progress: the learning rate, the moment batch norms freeze, ramps of their rules.
 
-Usable from Lightning, from detectron2 hooks, from a plain loop: nothing here knows a trainer.
-A step is one optimizer update; "at step s" means that s updates are done.
+Usable from Lightning (``leakfree.training.callbacks``), from detectron2 hooks, from a plain loop: nothing here
+knows a trainer. A step is one optimizer update; "at step s" means that s updates are done. A point of a training
+is a share of it (float), a number of steps (int) or of epochs (:class:`Epochs`).
 What the frozen statistics are (moving average, precise) is the caller's choice: see ``before`` of
 :meth:`FreezeBN.step` and ``leakfree.population``.
 """
@@ -11,7 +12,9 @@ from __future__ import annotations
 import math
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +22,17 @@ from torch import nn
 
 from leakfree.errors import CheckpointError, ConfigError, LeakfreeError, choices
 
-__all__ = ["FreezeBN", "freeze_step", "lr_factor"]
+__all__ = [
+    "BurnInSchedule",
+    "Epochs",
+    "FreezeBN",
+    "Point",
+    "RenormSchedule",
+    "burn_in_steps",
+    "freeze_step",
+    "lr_factor",
+    "renorm_ramp",
+]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -67,24 +80,50 @@ def lr_factor(
 _DECAYS = ("step", "cosine", "constant")
 
 
-def freeze_step(at: float, max_steps: int) -> int | None:
+@dataclass(frozen=True)
+class Epochs:
+    """A point of a training, in epochs from its start: ``FreezeBN(at=Epochs(80))``."""
+
+    number: float
+
+
+Point = float | Epochs  # a share of the run (float), steps (int), or epochs
+
+
+def _step_at(what: str, at: Point, max_steps: int, steps_per_epoch: int | None) -> int:
+    """The step at a point; ``what`` names it in messages."""
+    if isinstance(at, Epochs):
+        if steps_per_epoch is None:
+            raise ConfigError(
+                f"{what}: {at.number} epochs are how many steps? Give steps_per_epoch, or a share or steps"
+            )
+        number, kind = at.number * steps_per_epoch, "epochs"
+    elif isinstance(at, bool) or not isinstance(at, (int, float)):
+        raise ConfigError(f"{what}: expected a share (float), a number of steps (int) or Epochs, got {at!r}")
+    elif isinstance(at, float):
+        if not 0.0 <= at <= 1.0:
+            raise ConfigError(f"{what}: a share of the run must be in [0, 1], got {at} (write an int for steps)")
+        number, kind = at * max_steps, "share"
+    else:
+        number, kind = at, "steps"
+    if not 0 <= number < math.inf:
+        raise ConfigError(f"{what}: a number of {kind} must be at least 0, got {at}")
+    return round(number)
+
+
+def freeze_step(at: Point, max_steps: int, steps_per_epoch: int | None = None) -> int | None:
     """The step from which batch norms are frozen, or None when the run ends before.
 
     Args:
         at: a float is a share of the run in [0, 1] (1.0 = never), rounded to a step; an int is a
-            number of steps.
+            number of steps; ``Epochs(n)`` is the end of n epochs.
         max_steps: updates of the whole run.
+        steps_per_epoch: updates of an epoch; needed for ``Epochs`` only.
 
     Raises:
-        ConfigError: a share outside [0, 1], or a negative number of steps.
+        ConfigError: a share outside [0, 1], a negative number, or epochs of unknown length.
     """
-    if isinstance(at, bool) or not isinstance(at, (int, float)):
-        raise ConfigError(f"freeze at: expected a share (float) or a number of steps (int), got {at!r}")
-    if isinstance(at, float) and not 0.0 <= at <= 1.0:
-        raise ConfigError(f"freeze at: a share of the run must be in [0, 1], got {at} (write an int for steps)")
-    if at < 0:
-        raise ConfigError(f"freeze at: a number of steps must be at least 0, got {at}")
-    step = round(at * max_steps) if isinstance(at, float) else at
+    step = _step_at("freeze at", at, max_steps, steps_per_epoch)
     return step if step < max_steps else None
 
 
@@ -145,8 +184,8 @@ class FreezeBN:
         ...     train_one_step(model)
     """
 
-    def __init__(self, at: float, *, where: str | None = None, affine_trainable: bool = True) -> None:
-        freeze_step(at, 1)  # a bad value is told now, not at the end of training
+    def __init__(self, at: Point, *, where: str | None = None, affine_trainable: bool = True) -> None:
+        freeze_step(at, 1, 1)  # a bad value is told now, not at the end of training
         self.at = at
         self.where = where
         self.affine_trainable = affine_trainable
@@ -164,6 +203,7 @@ class FreezeBN:
         step: int,
         max_steps: int,
         *,
+        steps_per_epoch: int | None = None,
         before: Callable[[nn.Module], object] | None = None,
     ) -> bool:
         """Freeze ``model`` if ``step`` is at or past the freeze point; return True when it happens now.
@@ -171,6 +211,7 @@ class FreezeBN:
         Args:
             step: updates done so far.
             max_steps: updates of the whole run.
+            steps_per_epoch: updates of an epoch, where ``at`` is in epochs.
             before: called with the model just before it is frozen, once in a run: the place to
                 estimate precise statistics.
 
@@ -182,7 +223,7 @@ class FreezeBN:
         if self.frozen_at is not None:
             self._freeze_named(model)
             return False
-        point = freeze_step(self.at, max_steps)
+        point = freeze_step(self.at, max_steps, steps_per_epoch)
         if point is None or step < point:
             return False
         if before is not None:
@@ -230,3 +271,161 @@ class FreezeBN:
         """Restore :meth:`state_dict`; the layers are frozen at the next :meth:`step`."""
         self.frozen_at = state["frozen_at"]
         self._layers = list(state["layers"])
+
+
+# ------------------------------------------------------------------------------- ramps of a norm's own rule
+
+RENORM_STEPS = 160_000  # of the run that the marks of Batch Renormalization are for: recalled, not stated in the paper
+_RENORM_MARKS = (5_000, 25_000, 40_000)
+_BURN_IN = 2 / 3
+
+
+def renorm_ramp(max_steps: int, *, original_steps: int = RENORM_STEPS) -> tuple[int, int, int]:
+    """The marks of BatchRenorm's ramp for a run of ``max_steps``: (start, end of d, end of r).
+
+    The paper's 5,000, 25,000 and 40,000 times ``max_steps / original_steps``: plain BN until the first, then
+    d_max and r_max grow linearly to their limits at the second and the third. At least one step each.
+
+    Args:
+        max_steps: steps of the whole run, at least 1.
+        original_steps: of the run that the paper's marks are for. Its length is not stated; 160,000 is the choice here.
+
+    Raises:
+        ConfigError: a number below 1.
+
+    Reference: Ioffe 2017, section 4.1.
+    """
+    if max_steps < 1 or original_steps < 1:
+        raise ConfigError(f"renorm ramp: steps must be at least 1, got {max_steps} of {original_steps}")
+    start, end_d, end_r = (round(mark * max_steps / original_steps) for mark in _RENORM_MARKS)
+    return start, max(end_d, start + 1), max(end_r, start + 1)
+
+
+def burn_in_steps(max_steps: int, at: Point = _BURN_IN, steps_per_epoch: int | None = None) -> int:
+    """The steps in which CBN is plain BN, before it looks back at earlier iterations.
+
+    Args:
+        max_steps: steps of the whole run.
+        at: a share of the run (default two thirds: 8 of the 12 epochs of the released configs), steps, or ``Epochs``.
+        steps_per_epoch: needed for ``Epochs`` only.
+
+    Raises:
+        ConfigError: a share outside [0, 1], a negative number, or epochs of unknown length.
+
+    Reference: Yao et al. 2021, "Cross-Iteration Batch Normalization"; the share is that of its detection schedule.
+    """
+    return _step_at("burn-in", at, max_steps, steps_per_epoch)
+
+
+class _RampSchedule(ABC):
+    """Sets the length of a ramp in layers that count it in training forwards (``num_batches_tracked``).
+
+    The count goes on from where a layer was when the run began: a model with trained statistics gets the whole ramp.
+    """
+
+    _layer: str  # for messages
+    _attribute: str  # what is set
+    _marks: tuple[str, ...] = ()  # attributes that tell the layer from others with that one
+
+    def __init__(self, *, where: str | None = None, forwards_per_step: int = 1) -> None:
+        if forwards_per_step < 1:
+            raise ConfigError(f"{type(self).__name__}: forwards_per_step must be at least 1, got {forwards_per_step}")
+        self.where = where
+        self.forwards_per_step = forwards_per_step
+        self._starts: dict[str, int] = {}  # path of a layer -> its count when the run began
+
+    @abstractmethod
+    def _length(self, start: int, max_steps: int, steps_per_epoch: int | None) -> object:
+        """The value of the attribute for a layer whose count was ``start`` when the run began."""
+
+    def step(self, model: nn.Module, step: int, max_steps: int, *, steps_per_epoch: int | None = None) -> None:
+        """Set the ramps of ``model``; call it before each update, or once before the first.
+
+        Args:
+            step: updates done so far.
+            max_steps: updates of the whole run.
+            steps_per_epoch: updates of an epoch, where something is given in epochs.
+
+        Raises:
+            LeakfreeError: the model has no such layer.
+        """
+        layers = dict(self._select(model))
+        if not layers:
+            among = f" whose path matches {self.where!r}" if self.where is not None else ""
+            raise LeakfreeError(
+                f"{type(self).__name__}: the model has no {self._layer}{among}, so there is nothing to set"
+            )
+        for path, layer in layers.items():
+            if path not in self._starts:
+                counter: Any = layer.num_batches_tracked
+                self._starts[path] = max(0, int(counter) - step * self.forwards_per_step)
+            value = self._length(self._starts[path], max_steps, steps_per_epoch)
+            if getattr(layer, self._attribute) != value:
+                setattr(layer, self._attribute, value)
+
+    def _select(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for path, module in model.named_modules():
+            known = (self._attribute, *self._marks, "num_batches_tracked")
+            if all(hasattr(module, name) for name in known) and (self.where is None or re.search(self.where, path)):
+                yield path, module
+
+    def state_dict(self) -> dict[str, Any]:
+        """``starts``: what each layer had counted when the run began; plain values for a checkpoint."""
+        return {"starts": dict(self._starts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; the ramps are set at the next :meth:`step`."""
+        self._starts = dict(state["starts"])
+
+
+class RenormSchedule(_RampSchedule):
+    """Scales the ramp of every BatchRenorm to the run, see :func:`renorm_ramp`.
+
+    Every rank calls it alike; nothing is communicated. Save :meth:`state_dict` with the checkpoint.
+
+    Args:
+        original_steps: see :func:`renorm_ramp`.
+        where: a regular expression searched in module paths; None = every BatchRenorm.
+        forwards_per_step: training forwards of a layer in one update: with accumulated gradients, more than one.
+
+    Example:
+        >>> schedule = RenormSchedule()
+        >>> for step in range(max_steps):                                   # doctest: +SKIP
+        ...     schedule.step(model, step, max_steps)
+        ...     train_one_step(model)
+    """
+
+    _layer, _attribute = "BatchRenorm", "ramp"
+    _marks = ("r_max", "d_max")
+
+    def __init__(
+        self, *, original_steps: int = RENORM_STEPS, where: str | None = None, forwards_per_step: int = 1
+    ) -> None:
+        super().__init__(where=where, forwards_per_step=forwards_per_step)
+        renorm_ramp(1, original_steps=original_steps)
+        self.original_steps = original_steps
+
+    def _length(self, start: int, max_steps: int, steps_per_epoch: int | None) -> tuple[int, ...]:
+        ramp = renorm_ramp(max_steps, original_steps=self.original_steps)
+        return tuple(start + mark * self.forwards_per_step for mark in ramp)
+
+
+class BurnInSchedule(_RampSchedule):
+    """Scales the burn-in of every CBN to the run, see :func:`burn_in_steps`.
+
+    Every rank calls it alike; nothing is communicated. Save :meth:`state_dict` with the checkpoint.
+
+    Args:
+        at: the end of the burn-in: a share of the run, steps, or ``Epochs``.
+        where, forwards_per_step: as in :class:`RenormSchedule`.
+    """
+
+    _layer, _attribute = "CBN", "burn_in"
+
+    def __init__(self, at: Point = _BURN_IN, *, where: str | None = None, forwards_per_step: int = 1) -> None:
+        super().__init__(where=where, forwards_per_step=forwards_per_step)
+        burn_in_steps(1, at, 1)
+        self.at = at
+
+    def _length(self, start: int, max_steps: int, steps_per_epoch: int | None) -> int:
+        return start + burn_in_steps(max_steps, self.at, steps_per_epoch) * self.forwards_per_step

@@ -10,9 +10,18 @@ import torch
 from torch import nn
 
 from leakfree.errors import CheckpointError, ConfigError, LeakfreeError
-from leakfree.norms import build_norm, convert_norms, domain
+from leakfree.norms import BatchRenorm, CrossIterationBatchNorm, build_norm, convert_norms, domain
 from leakfree.population import precise_bn
-from leakfree.schedules import FreezeBN, freeze_step, lr_factor
+from leakfree.schedules import (
+    BurnInSchedule,
+    Epochs,
+    FreezeBN,
+    RenormSchedule,
+    burn_in_steps,
+    freeze_step,
+    lr_factor,
+    renorm_ramp,
+)
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -95,7 +104,20 @@ def test_freeze_step_takes_shares_and_steps(at, max_steps, step):
     assert freeze_step(at, max_steps) == step
 
 
-@pytest.mark.parametrize("at", [1.5, -0.1, -3, True, "0.5", None])
+@pytest.mark.parametrize(
+    ("epochs", "steps_per_epoch", "max_steps", "step"),
+    [(80, 5, 500, 400), (1.5, 3, 9, 4), (0, 7, 9, 0), (3, 3, 9, None), (90, 10, 500, None)],
+)
+def test_freeze_step_takes_epochs(epochs, steps_per_epoch, max_steps, step):
+    assert freeze_step(Epochs(epochs), max_steps, steps_per_epoch) == step
+
+
+def test_epochs_of_unknown_length_are_refused():
+    with pytest.raises(ConfigError, match=r"freeze at: 2 epochs are how many steps\? Give steps_per_epoch"):
+        freeze_step(Epochs(2), 10)
+
+
+@pytest.mark.parametrize("at", [1.5, -0.1, -3, True, "0.5", None, Epochs(-1), float("nan"), Epochs(float("inf"))])
 def test_impossible_freeze_points_are_refused_at_construction(at):
     with pytest.raises(ConfigError, match="freeze at"):
         FreezeBN(at=at)
@@ -263,3 +285,138 @@ def test_a_layer_with_a_domain_that_was_never_seen_is_not_frozen():
             model(torch.randn(4, 3, 2, 2))
     assert freeze.step(model, 0, 10)
     assert model[0].frozen
+
+
+def test_freezing_after_epochs_happens_at_their_end():
+    model, freeze = small_model(), FreezeBN(at=Epochs(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    froze = []
+    for step in range(9):
+        froze.append(freeze.step(model, step, 9, steps_per_epoch=3))
+        train_step(model, optimizer, step)
+    assert froze.index(True) == 6
+    assert froze.count(True) == 1
+
+
+# --- ramps
+
+
+def test_the_papers_ramp_is_scaled_to_the_run():
+    assert renorm_ramp(160_000) == (5_000, 25_000, 40_000)
+    assert renorm_ramp(1_600) == (50, 250, 400)
+    assert renorm_ramp(320_000) == (10_000, 50_000, 80_000)
+    assert renorm_ramp(1_000, original_steps=40_000) == (125, 625, 1_000)
+    assert renorm_ramp(1) == (0, 1, 1)  # ends after their start, however short the run
+
+
+@pytest.mark.parametrize("steps", range(1, 400, 7))
+def test_every_ramp_is_one_that_the_layer_takes(steps):
+    assert build_norm("BatchRenorm", 2, ramp=renorm_ramp(steps)).ramp == renorm_ramp(steps)
+
+
+def test_the_burn_in_is_a_share_of_the_run():
+    assert burn_in_steps(87_960) == 58_640  # 8 of 12 epochs
+    assert burn_in_steps(300, 0.5) == 150
+    assert burn_in_steps(300, 20) == 20
+    assert burn_in_steps(300, Epochs(2), 40) == 80
+    assert burn_in_steps(300, 1.0) == 300
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: renorm_ramp(0), "at least 1, got 0"),
+        (lambda: renorm_ramp(10, original_steps=0), "at least 1"),
+        (lambda: burn_in_steps(10, 1.5), r"burn-in: a share of the run must be in \[0, 1\], got 1.5"),
+        (lambda: burn_in_steps(10, Epochs(1)), "burn-in: 1 epochs are how many steps"),
+        (lambda: RenormSchedule(original_steps=0), "at least 1"),
+        (lambda: RenormSchedule(forwards_per_step=0), "forwards_per_step must be at least 1, got 0"),
+        (lambda: BurnInSchedule(at=-1), "burn-in"),
+        (lambda: RenormSchedule().step(small_model(), 0, 10), "no BatchRenorm, so there is nothing to set"),
+        (lambda: BurnInSchedule(where="7").step(ramps(), 0, 10), "no CBN whose path matches '7'"),
+    ],
+)
+def test_impossible_ramps_are_refused(call, message):
+    with pytest.raises(LeakfreeError, match=message):
+        call()
+
+
+def ramps() -> nn.Sequential:
+    return nn.Sequential(
+        build_norm("BatchRenorm", 3), build_norm("CBN", 3, rho=0.0, ramp="linear"), build_norm("BatchRenorm", 3)
+    )
+
+
+def test_each_schedule_sets_its_own_layers():
+    model = ramps()
+    RenormSchedule().step(model, 0, 1600)
+    BurnInSchedule(at=0.5).step(model, 0, 1600)
+    assert isinstance(model[0], BatchRenorm)
+    assert isinstance(model[1], CrossIterationBatchNorm)
+    assert model[0].ramp == model[2].ramp == (50, 250, 400)
+    assert (model[1].burn_in, model[1].ramp) == (800, "linear")
+    RenormSchedule(where="^2$", original_steps=80_000).step(model, 0, 1600)
+    assert (model[0].ramp, model[2].ramp) == ((50, 250, 400), (100, 500, 800))
+
+
+def renorm_limits(run_steps, resume_at=None, pretrained=0, forwards=1):
+    """(r_max, d_max) before each step of a run of 64,000 / 1,000 steps, in which the ramp is (2, 10, 16)."""
+    model, schedule = nn.Sequential(build_norm("BatchRenorm", 3)), RenormSchedule(forwards_per_step=forwards)
+    model[0].num_batches_tracked.fill_(pretrained)
+    limits = []
+    for step in range(run_steps):
+        if step == resume_at:
+            saved = copy.deepcopy((model.state_dict(), schedule.state_dict()))
+            model, schedule = nn.Sequential(build_norm("BatchRenorm", 3)), RenormSchedule(forwards_per_step=forwards)
+            model.load_state_dict(saved[0])
+            schedule.load_state_dict(saved[1])
+        schedule.step(model, step, 64)
+        limits.append(tuple(float(limit) for limit in model[0].limits()))
+        for _ in range(forwards):
+            model.train()(torch.randn(4, 3, 2, 2))
+    return limits
+
+
+def test_limits_follow_the_ramp_of_the_run():
+    limits = renorm_limits(20)
+    assert limits[:3] == [(1.0, 0.0)] * 3
+    assert limits[10] == (pytest.approx(1 + 2 * 8 / 14), 5.0)
+    assert limits[16:] == [(3.0, 5.0)] * 4
+
+
+@pytest.mark.parametrize(("pretrained", "forwards"), [(1000, 1), (0, 2), (1000, 3)])
+def test_the_ramp_counts_the_steps_of_this_run(pretrained, forwards):
+    limits = renorm_limits(20, pretrained=pretrained, forwards=forwards)
+    torch.testing.assert_close(torch.tensor(limits), torch.tensor(renorm_limits(20)))
+
+
+@pytest.mark.parametrize("resume_at", [1, 5, 18])
+@pytest.mark.parametrize(("pretrained", "forwards"), [(0, 1), (1000, 2)])
+def test_a_resumed_ramp_goes_on(resume_at, pretrained, forwards):
+    assert renorm_limits(20, resume_at, pretrained, forwards) == renorm_limits(20, None, pretrained, forwards)
+
+
+def test_a_ramp_without_its_state_finds_its_start_by_the_count():
+    model = nn.Sequential(build_norm("BatchRenorm", 3))
+    model[0].num_batches_tracked.fill_(1000 + 30)
+    RenormSchedule().step(model, 30, 1600)
+    assert model[0].ramp == (1050, 1250, 1400)
+
+
+def test_the_state_of_a_ramp_is_plain(tmp_path):
+    schedule = BurnInSchedule()
+    schedule.step(ramps(), 0, 10)
+    torch.save(schedule.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == {"starts": {"1": 0}}
+
+
+def test_the_burn_in_ends_when_the_schedule_says():
+    torch.manual_seed(0)
+    model, plain = nn.Sequential(build_norm("CBN", 3, rho=0.0)), nn.Sequential(build_norm("BN", 3))
+    schedule, same_as_plain = BurnInSchedule(at=0.5), []
+    for step in range(8):
+        x = torch.randn(4, 3, 2, 2) + step
+        schedule.step(model, step, 8)
+        same_as_plain.append(torch.allclose(model.train()(x), plain.train()(x), atol=1e-5))
+    assert all(same_as_plain[:4])
+    assert not any(same_as_plain[5:])  # in the first forward after it, the window may still be empty

@@ -1,7 +1,11 @@
-"""The moments of a training at which something else happens: rows, evaluations, checkpoints, in this order."""
+"""The moments of a training at which something else happens: rows, evaluations, checkpoints, in this order.
+
+And callbacks for any Lightning training of yours: the schedules of ``leakfree.schedules``, Double-Forward.
+"""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -9,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from leakfree.config.schema import TrainerConfig
 from leakfree.distributed import get_rank
+from leakfree.errors import ConfigError
+from leakfree.input_moments import default_forward
+from leakfree.norms.memorized import double_forward
+from leakfree.schedules import BurnInSchedule, FreezeBN, RenormSchedule
 from leakfree.training.buffers import pooled_statistics
 from leakfree.training.checkpoints import (
     FINAL,
@@ -26,7 +35,7 @@ from leakfree.training.journal import Journal
 from leakfree.training.logs import LOG, StepBar, track
 from leakfree.training.module import TrainingModule
 
-__all__ = ["AtomicCheckpoints", "Moments"]
+__all__ = ["AtomicCheckpoints", "DoubleForwardCallback", "FreezeBNCallback", "Moments", "ScheduleCallback"]
 
 
 class AtomicCheckpoints(CheckpointIO):
@@ -110,3 +119,99 @@ class Moments(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self.bar.stop()
+
+
+# ------------------------------------------------------------------------------- for any Lightning training
+
+
+class ScheduleCallback(L.Callback):
+    """Steps a schedule of ``leakfree.schedules`` before each update, and keeps its state in Lightning's checkpoints.
+
+    The length of the run and of an epoch are the trainer's. For automatic optimization. With
+    ``accumulate_grad_batches=k`` give a ramp's schedule ``forwards_per_step=k``.
+
+    Raises:
+        ConfigError: the trainer has neither ``max_steps`` nor ``max_epochs``.
+
+    Example:
+        >>> Trainer(max_epochs=12, callbacks=[ScheduleCallback(RenormSchedule())])        # doctest: +SKIP
+    """
+
+    def __init__(self, schedule: FreezeBN | RenormSchedule | BurnInSchedule) -> None:
+        self.schedule = schedule
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(schedule=type(self.schedule).__name__, where=self.schedule.where)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.schedule.load_state_dict(state_dict)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        max_steps = trainer.estimated_stepping_batches
+        if math.isinf(max_steps):
+            raise ConfigError(f"{type(self).__name__}: the trainer needs max_steps or max_epochs")
+        batches = trainer.num_training_batches
+        epoch = None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+        self._step(module, trainer.global_step, int(max_steps), epoch)
+
+    def _step(self, module: L.LightningModule, step: int, max_steps: int, steps_per_epoch: int | None) -> None:
+        self.schedule.step(module, step, max_steps, steps_per_epoch=steps_per_epoch)
+
+
+class FreezeBNCallback(ScheduleCallback):
+    """Freezes batch norms at a point of training, see :class:`leakfree.schedules.FreezeBN`.
+
+    Args:
+        freeze: when and which.
+        before: called with the LightningModule just before it is frozen, once in a run: the place for
+            ``precise_bn``. It must not move the training's own data loader on.
+
+    Example:
+        >>> callback = FreezeBNCallback(                                                  # doctest: +SKIP
+        ...     FreezeBN(at=Epochs(80)), before=lambda module: precise_bn(module, loader)
+        ... )
+    """
+
+    def __init__(self, freeze: FreezeBN, *, before: Callable[[torch.nn.Module], object] | None = None) -> None:
+        super().__init__(freeze)
+        self.freeze = freeze
+        self.before = before
+
+    def _step(self, module: L.LightningModule, step: int, max_steps: int, steps_per_epoch: int | None) -> None:
+        self.freeze.step(module, step, max_steps, steps_per_epoch=steps_per_epoch, before=self.before)
+
+
+class DoubleForwardCallback(L.Callback):
+    """Runs each batch a second time after its update, for MBN: see :func:`leakfree.norms.memorized.double_forward`.
+
+    Left out where no MBN layer is in training mode any more. One more forward per step, without gradients, in the
+    trainer's precision.
+
+    Args:
+        forward: called as ``forward(module, batch)``; by default the module gets the batch if it is a tensor, the first
+            item of a tuple or list, or a dict as keyword arguments. Only what runs the layers matters.
+
+    Raises:
+        ConfigError: gradients are accumulated: a memory's newest entry is that of one batch.
+    """
+
+    def __init__(self, forward: Callable[[torch.nn.Module, Any], object] = default_forward) -> None:
+        self.forward = forward
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.accumulate_grad_batches != 1:
+            raise ConfigError(
+                f"DoubleForwardCallback: accumulate_grad_batches is {trainer.accumulate_grad_batches}, but of the "
+                "batches of one update only the last could be run again; use 1"
+            )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        with double_forward(module) as layers, trainer.precision_plugin.forward_context():
+            if layers:
+                self.forward(module, batch)
