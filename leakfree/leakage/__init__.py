@@ -1,5 +1,21 @@
 """Leakage metrics: tensors in, numbers out."""
 
+from leakfree.leakage.companions import ProbeResult, SwapResult, batchmate_probe, companion_swap
+from leakfree.leakage.composition import CompositionGap, composition_gap, error_rates
+from leakfree.leakage.estimation_shift import EstimationShift, LayerShift, estimation_shift
 from leakfree.leakage.influence import InfluenceResult, cross_sample_influence
 
-__all__ = ["InfluenceResult", "cross_sample_influence"]
+__all__ = [
+    "CompositionGap",
+    "EstimationShift",
+    "LayerShift",
+    "ProbeResult",
+    "SwapResult",
+    "batchmate_probe",
+    "companion_swap",
+    "InfluenceResult",
+    "composition_gap",
+    "cross_sample_influence",
+    "error_rates",
+    "estimation_shift",
+]

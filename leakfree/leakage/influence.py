@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from leakfree.distributed import all_gather_ints, get_rank, is_distributed
+from leakfree.state import buffers_kept
 
 __all__ = ["InfluenceResult", "cross_sample_influence"]
 
@@ -30,18 +30,6 @@ class InfluenceResult:
     within: float | None
     between: float | None
     num_probes: int
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put buffers (running statistics, counters) back as they were."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(before[name])
 
 
 def cross_sample_influence(
@@ -90,7 +78,7 @@ def cross_sample_influence(
     chosen = torch.randperm(sum(sizes), generator=generator)[:num_probes].tolist()
     energies = torch.zeros(len(chosen), 3, dtype=torch.float64)  # own, same group, other groups
     module = model if isinstance(model, nn.Module) else nn.Module()
-    with _untouched(module), torch.enable_grad():
+    with buffers_kept(module), torch.enable_grad():
         output = model(x)
         if len(output) != len(batch):
             raise ValueError(f"cross_sample_influence: {len(batch)} samples went in, {len(output)} outputs came out")
