@@ -355,7 +355,8 @@ def _keep_freed_memory() -> None:
 
 def _rank(rank: int, world_size: int, folder: str, jobs: Sequence[Job], settings: argparse.Namespace) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its ranks
-    _keep_freed_memory()
+    if world_size <= usable_cores():  # more ranks are no clean timing anyway, and need the memory
+        _keep_freed_memory()
     torch.set_num_threads(settings.threads if world_size == 1 else 1)
     if settings.device == "cuda":
         torch.cuda.set_device(rank)

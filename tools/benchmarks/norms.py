@@ -2,7 +2,11 @@
 """What the norms cost, side by side, forward and backward.
 
 layers    in one process (--threads), contiguous and channels_last, each norm against nn.BatchNorm2d;
-          GhostBN also against split norms (timm's, lightly's), FrozenBN against torchvision's and detectron2's.
+          GhostBN also against split norms (timm's, lightly's), FrozenBN against torchvision's and detectron2's,
+          the remedies against their equations written with one operation for each step.
+convolutions  CBN behind a convolution against convolution + BN, and the bytes that it remembers.
+levels    DomainBN over the 5 levels of a pyramid, against five BN calls and one BN on the joined batch.
+population  precise_bn on resnet18 against a plain forward of the same batches.
 ranks     on several ranks (--ranks, one thread each): SyncBN against a local BN with two all-reduces of as many
           numbers, and against detectron2's NaiveSyncBatchNorm (E[x^2] - E[x]^2); ShuffleBN against a local BN.
 accuracy  the float32 variance (running_var at momentum 1) against float64, at mean/std 1, 10, 100, 1000.
@@ -31,6 +35,7 @@ from measure import (
     Goal,
     Job,
     Report,
+    Row,
     Shape,
     Step,
     alternate,
@@ -49,15 +54,19 @@ from measure import (
     wanted,
 )
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
 from leakfree.distributed import all_gather_objects, get_rank, get_world_size
-from leakfree.norms import build_norm
+from leakfree.norms import attach_convolutions, build_norm, convert_norms
+from leakfree.population import precise_bn
 
 SHAPES: dict[str, Shape] = {"A": (64, 64, 32, 32), "B": (16, 256, 14, 14), "C": (512, 256, 7, 7), "R": (256, 256, 7, 7)}
 LARGE = [SHAPES["A"], SHAPES["C"]]  # the goals of GhostBN and FrozenBN are for these
 RANK_SHAPES: dict[str, Shape] = {"D": (16, 64, 32, 32), "E": (128, 256, 7, 7), "R": (256, 256, 7, 7)}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-SECTIONS = ("layers", "ranks", "accuracy")
+CONV_SHAPES: dict[str, Shape] = {"F": (16, 64, 28, 28), "G": (4, 256, 14, 14)}
+LEVELS = [(4, 64, side, side) for side in (64, 32, 16, 8, 4)]
+SECTIONS = ("layers", "convolutions", "levels", "population", "ranks", "accuracy")
 CHUNKS, GROUPS = 8, 4  # of GhostBN and its peers; of ShuffleBN in one process
 
 BN = "nn.BatchNorm2d"
@@ -65,6 +74,9 @@ BN_REDUCED = "BN + 2 all-reduces"
 NAIVE_SYNC, D2_SYNC, TORCH_SYNC = "naive SyncBN (plain)", "detectron2 NaiveSyncBN", "nn.SyncBatchNorm"
 PLAIN_SPLIT, TIMM_SPLIT = "split BN (plain)", "timm SplitBatchNorm2d"
 PLAIN_FROZEN, D2_FROZEN = "frozen BN (plain)", "detectron2 FrozenBN"
+CONV_BN, CONV_CBN, NAIVE_CBN = "conv + BN", "conv + CBN", "conv + CBN (plain)"
+JOINED, FIVE_CALLS = "BN on the joined batch", "five BN calls"
+PASS = "plain forward"
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,37 @@ LAYERS = [
     Layer(D2_FROZEN, lambda c, n: peers.installed_detectron2_frozen(c), peer=True),
     Layer("torchvision FrozenBN", lambda c, n: peers.installed_torchvision_frozen(c), peer=True),
     Layer("GN", lambda c, n: build_norm("GN", c, num_groups=math.gcd(32, c))),
+    Layer("LN", lambda c, n: build_norm("LN", c)),
+    Layer("IN", lambda c, n: build_norm("IN", c)),
+    Layer("PN", lambda c, n: build_norm("PN", c)),
+    Layer("BatchRenorm", lambda c, n: build_norm("BatchRenorm", c, ramp=None)),
+    Layer("BatchRenorm (plain)", lambda c, n: peers.NaiveBatchRenorm(c), peer=True),
+    Layer("MBN", lambda c, n: build_norm("MBN", c)),
+    Layer("MBN (plain)", lambda c, n: peers.NaiveMemorizedBatchNorm(c), peer=True),
+    Layer("BGN", lambda c, n: build_norm("BGN", c, num_groups=math.gcd(32, c))),
+    Layer("BGN (plain)", lambda c, n: peers.NaiveBatchGroupNorm(c, math.gcd(32, c)), peer=True),
+    Layer("IEBN", lambda c, n: build_norm("IEBN", c)),
+    Layer("IEBN (plain)", lambda c, n: peers.NaiveInstanceEnhancement(c), peer=True),
+    Layer("ProxyNorm", lambda c, n: build_norm("ProxyNorm", c, norm="LN")),
+    Layer("ProxyNorm (plain)", lambda c, n: peers.NaiveProxyNorm(c), peer=True),
+]
+PEAKS = {"FrozenBN": 2.0, "BatchRenorm": 3.0, "MBN": 2.0, "BGN": 2.0, "IEBN": 2.0, "ProxyNorm": 4.0}  # in units of S
+
+
+def _conv(channels: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+
+def _conv_cbn(channels: int, rows: int) -> nn.Module:
+    model = nn.Sequential(_conv(channels), build_norm("CBN", channels, window=4, burn_in=0))
+    attach_convolutions(model)
+    return model
+
+
+CONV_LAYERS = [  # three iterations of the past in both windows
+    Layer(CONV_BN, lambda c, n: nn.Sequential(_conv(c), nn.BatchNorm2d(c))),
+    Layer(CONV_CBN, _conv_cbn),
+    Layer(NAIVE_CBN, lambda c, n: peers.NaiveCrossIteration(_conv(c), past=3), peer=True),
 ]
 
 RANK_LAYERS = [
@@ -117,7 +160,19 @@ LAYER_GOALS = [
     Goal("GhostBN", PLAIN_SPLIT, ">=", 1.3, LARGE),
     Goal("FrozenBN", D2_FROZEN, ">=", 1.2, LARGE),
     Goal("FrozenBN", PLAIN_FROZEN, ">=", 1.2, LARGE),
+    Goal("BatchRenorm", BN, "<=", 1.3, LARGE),
+    Goal("MBN", BN, "<=", 1.5, LARGE),
+    Goal("BGN", BN, "<=", 1.6, LARGE),
+    Goal("IEBN", BN, "<=", 1.5, LARGE),
+    Goal("IEBN", "IEBN (plain)", ">=", 1.0, list(SHAPES.values())),
+    Goal("ProxyNorm", "ProxyNorm (plain)", ">=", 2.0, LARGE),
 ]
+CONV_GOALS = [Goal(CONV_CBN, CONV_BN, "<=", 1.8, list(CONV_SHAPES.values()))]
+LEVEL_GOALS = [
+    Goal("DomainBN", FIVE_CALLS, "<=", 1.15, LEVELS),
+    Goal("DomainBN", JOINED, "<=", 1.2, LEVELS),
+]
+POPULATION_GOALS = [Goal("precise_bn", PASS, "<=", 1.05, [(32, 3, 96, 96)])]
 RANK_GOALS = [
     Goal("SyncBN", BN_REDUCED, "<=", 1.15, list(RANK_SHAPES.values())),
     Goal("SyncBN", NAIVE_SYNC, ">=", 1.8, list(RANK_SHAPES.values())),
@@ -194,33 +249,143 @@ def build_steps(
 # --- Jobs of the ranks ----------------------------------------------------------------------------------------------
 
 
-def compare(settings: argparse.Namespace, name: str, shape: Shape, layout: str) -> dict[str, Any]:
-    """Sections "layers" (one rank) and "ranks": one table."""
-    ranks = get_world_size()
-    section, layers, goals = ("layers", LAYERS, LAYER_GOALS) if ranks == 1 else ("ranks", RANK_LAYERS, RANK_GOALS)
+@dataclass(frozen=True)
+class Comparison:
+    """What a section compares, and with what."""
+
+    section: str
+    layers: Sequence[Layer]
+    reference: str
+    goals: Sequence[Goal]
+
+
+COMPARISONS = {
+    what.section: what
+    for what in (
+        Comparison("layers", LAYERS, BN, LAYER_GOALS),
+        Comparison("convolutions", CONV_LAYERS, CONV_BN, CONV_GOALS),
+        Comparison("ranks", RANK_LAYERS, BN, RANK_GOALS),
+    )
+}
+
+
+def compare(settings: argparse.Namespace, section: str, name: str, shape: Shape, layout: str) -> dict[str, Any]:
+    """Sections "layers" and "convolutions" (one rank), and "ranks": one table."""
+    what = COMPARISONS[section]
     x, gradient = make_input(shape, layout, settings, seed=get_rank())
-    steps, skipped = build_steps(layers, BN, x, gradient, settings)
-    title = f"{section}, {ranks} rank{'s' * (ranks > 1)}, {name}, {layout}, {settings.dtype}"
-    say = progress(title)
-    rounds = alternate(steps, settings.repeats, x.device, max_pressure=settings.max_pressure, say=say)
-    setting = make_setting(settings, shape, layout)
+    steps, skipped = build_steps(what.layers, what.reference, x, gradient, settings)
     size = x.numel() * x.element_size()
+    rows = timed_rows(settings, what, f"{name}, {layout}", steps, shape, layout, size)
+    for row in rows:
+        if row.variant in PEAKS and shape in LARGE:
+            row.bars.append(Bar("peak / S", round(row.peak, 2), "<=", PEAKS[row.variant]))  # C numbers are no breach
+        if get_world_size() > 1:
+            row.wire = count_wire(steps[row.variant], rows=len(x), draws=1, device=x.device)
+            groups = {"SyncBN": 1, "ShuffleBN": max(2, get_world_size())}.get(row.variant)
+            if groups:
+                row.bars.append(Bar("numbers reduced", row.wire.numbers, "<=", groups * (4 * shape[1] + 1)))
+    return {"timings": [row.as_dict() for row in rows], "skipped": skipped}
+
+
+def timed_rows(
+    settings: argparse.Namespace,
+    what: Comparison,
+    name: str,
+    steps: dict[str, Step],
+    shape: Shape,
+    layout: str,
+    size: int,
+) -> list[Row]:
+    """The lines of one table: times, ratios and peak memory of ``steps``, the first being the reference."""
+    ranks, device = get_world_size(), device_of(settings)
+    title = f"{what.section}, {ranks} rank{'s' * (ranks > 1)}, {name}, {settings.dtype}"
+    say = progress(title)
+    rounds = alternate(steps, settings.repeats, device, max_pressure=settings.max_pressure, say=say)
+    setting = make_setting(settings, shape, layout)
     rows = []
     for variant, step in steps.items():
         say(f"memory: {variant}")
-        peak = peak_bytes(step, x.device) / size
-        facts = {"section": section, "title": title, "setting": setting, "row_bytes": size, "peak": peak}
-        row = timed_row(rounds, variant, BN, **facts)
-        row.bars = goal_bars(goals, row, rounds)
-        if variant == "FrozenBN" and shape in LARGE:
-            row.bars.append(Bar("peak / S", round(peak, 2), "<=", 2.0))  # a few vectors of C numbers are no breach
-        if ranks > 1:
-            row.wire = count_wire(step, rows=len(x), draws=1, device=x.device)
-            groups = {"SyncBN": 1, "ShuffleBN": max(2, ranks)}.get(variant)
-            if groups:
-                row.bars.append(Bar("numbers reduced", row.wire.numbers, "<=", groups * (4 * shape[1] + 1)))
-        rows.append(row.as_dict())
-    return {"timings": rows, "skipped": skipped}
+        facts = {"section": what.section, "title": title, "setting": setting, "row_bytes": size}
+        row = timed_row(rounds, variant, what.reference, **facts, peak=peak_bytes(step, device) / size)
+        row.bars = goal_bars(what.goals, row, rounds)
+        rows.append(row)
+    return rows
+
+
+def measure_state(settings: argparse.Namespace) -> dict[str, Any]:
+    """What CBN remembers of three iterations, in bytes, against what autograd's derivatives take."""
+    rows = []
+    for name, shape in CONV_SHAPES.items():
+        x = torch.randn(shape)
+        ours, plain = _conv_cbn(shape[1], shape[0]), peers.NaiveCrossIteration(_conv(shape[1]), past=3)
+        for _ in range(5):
+            ours(x), plain(x)
+        state = sum(b.numel() * b.element_size() for b in ours[1].buffers())  # type: ignore[index]
+        share = state / plain.state_bytes()
+        rows.append(
+            {
+                "section": "convolutions",
+                "title": "state of CBN, bytes",
+                "setting": {"ranks": 1, "shape": shape},
+                "variant": f"{name}, {shape[1]} to {shape[1]} channels",
+                "values": {"CBN": state, "plain": plain.state_bytes(), "share": share},
+                "bars": [Bar("state / plain", share, "<=", 0.4).as_dict()],
+            }
+        )
+    return {"figures": rows, "skipped": []}
+
+
+def compare_levels(settings: argparse.Namespace, layout: str) -> dict[str, Any]:
+    """Section "levels": five maps of a pyramid through one shared norm."""
+    levels, gradients = [], []
+    for shape in LEVELS:
+        x, gradient = make_input(shape, layout, settings)
+        levels.append(x)
+        gradients.append(gradient)
+    channels = LEVELS[0][1]
+    joined_norm, shared, ours = (
+        nn.BatchNorm1d(channels),
+        nn.BatchNorm2d(channels),
+        build_norm("DomainBN", channels, num_domains=len(LEVELS)),
+    )
+
+    def joined() -> object:
+        y = joined_norm(torch.cat([x.flatten(2) for x in levels], 2))
+        parts = y.split([x[0, 0].numel() for x in levels], 2)
+        return torch.autograd.grad(parts, [*levels, *joined_norm.parameters()], [g.flatten(2) for g in gradients])
+
+    def five() -> object:
+        return torch.autograd.grad([shared(x) for x in levels], [*levels, *shared.parameters()], gradients)
+
+    def domains() -> object:
+        outputs = ours(dict(enumerate(levels)))
+        return torch.autograd.grad([outputs[i] for i in range(len(levels))], [*levels, *ours.parameters()], gradients)
+
+    steps: dict[str, Step] = {FIVE_CALLS: five, JOINED: joined, "DomainBN": domains}
+    what = Comparison("levels", [], FIVE_CALLS, LEVEL_GOALS)
+    size = sum(x.numel() * x.element_size() for x in levels)
+    rows = timed_rows(settings, what, f"5 levels of {LEVELS[0]} and smaller, {layout}", steps, LEVELS[0], layout, size)
+    return {"timings": [row.as_dict() for row in rows], "skipped": []}
+
+
+def compare_population(settings: argparse.Namespace) -> dict[str, Any]:
+    """Section "population": the same batches with and without the counting."""
+    shape: Shape = (32, 3, 96, 96)
+    model = convert_norms(resnet18(), "BN").to(device_of(settings)).eval()
+    batches = [make_input(shape, "contiguous", settings, seed)[0].detach() for seed in range(3)]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    def forward() -> object:
+        for norm in norms:
+            norm.training = True
+        with torch.no_grad():
+            return [model(batch) for batch in batches]
+
+    steps: dict[str, Step] = {PASS: forward, "precise_bn": lambda: precise_bn(model, batches, progress=False)}
+    what = Comparison("population", [], PASS, POPULATION_GOALS)
+    size = len(batches) * batches[0].numel() * batches[0].element_size()
+    rows = timed_rows(settings, what, "resnet18, 3 batches of 32×3×96×96", steps, shape, "contiguous", size)
+    return {"timings": [row.as_dict() for row in rows], "skipped": []}
 
 
 def measure_accuracy(settings: argparse.Namespace) -> dict[str, Any]:
@@ -293,9 +458,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.add_skipped([(f"{ranks} ranks", reason)])
             continue
         jobs: list[Job] = []
-        if ("layers" if ranks == 1 else "ranks") in settings.only_sections:
-            for name, shape in chosen_shapes(settings, SHAPES if ranks == 1 else RANK_SHAPES).items():
-                jobs += [(compare, name, shape, layout) for layout in (LAYOUTS if ranks == 1 else ["contiguous"])]
+        for section in ("layers", "convolutions") if ranks == 1 else ("ranks",):
+            if section in settings.only_sections:
+                standard = {"layers": SHAPES, "convolutions": CONV_SHAPES, "ranks": RANK_SHAPES}[section]
+                for name, shape in chosen_shapes(settings, standard).items():
+                    layouts = list(LAYOUTS) if ranks == 1 else ["contiguous"]
+                    jobs += [(compare, section, name, shape, layout) for layout in layouts]
+        if ranks == 1 and "convolutions" in settings.only_sections:
+            jobs.append((measure_state,))
+        if ranks == 1 and "levels" in settings.only_sections:
+            jobs += [(compare_levels, layout) for layout in LAYOUTS]
+        if ranks == 1 and "population" in settings.only_sections:
+            jobs.append((compare_population,))
         if "accuracy" in settings.only_sections:
             jobs.append((measure_accuracy,))
         for found in run_ranks(jobs, ranks, settings):

@@ -146,6 +146,131 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
+def _column(table: Tensor) -> Tensor:
+    return table.view(1, -1, 1, 1)
+
+
+class NaiveBatchRenorm(nn.BatchNorm2d):
+    """Ioffe 2017, algorithm 1, an operation for each step of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = x.mean((0, 2, 3)), (x.var((0, 2, 3), unbiased=False) + self.eps).sqrt()
+        running_mean, running_std = self.get_buffer("running_mean"), self.get_buffer("running_var")
+        r = (std.detach() / running_std).clamp(1 / 3, 3)
+        d = ((mean.detach() - running_mean) / running_std).clamp(-5, 5)
+        xhat = (x - _column(mean)) / _column(std) * _column(r) + _column(d)
+        with torch.no_grad():
+            running_mean += 0.01 * (mean - running_mean)
+            running_std += 0.01 * (std - running_std)
+        return xhat * _column(self.weight) + _column(self.bias)
+
+
+class NaiveBatchGroupNorm(nn.BatchNorm2d):
+    """Zhou et al. 2020 (arXiv 2012.02782), section 3: the tensor reshaped to groups, normalized, reshaped back."""
+
+    def __init__(self, num_features: int, num_groups: int) -> None:
+        super().__init__(num_features)
+        self.num_groups = num_groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.reshape(len(x), self.num_groups, -1)
+        mean = groups.mean((0, 2), keepdim=True)
+        var = groups.var((0, 2), unbiased=False, keepdim=True)
+        xhat = ((groups - mean) / (var + self.eps).sqrt()).reshape(x.shape)
+        return xhat * _column(self.weight) + _column(self.bias)
+
+
+class NaiveMemorizedBatchNorm(nn.BatchNorm2d):
+    """Guo et al. 2018 (arXiv 2010.04947) as ``MBN`` reads it: means of x and x^2 over the last batches."""
+
+    def __init__(self, num_features: int, memory: int = 4, decay: float = 0.9) -> None:
+        super().__init__(num_features)
+        self.memory, self.decay = memory, decay
+        self.past: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, square = x.mean((0, 2, 3)), (x * x).mean((0, 2, 3))
+        entries = [(mean, square), *self.past]
+        self.past = [(m.detach(), q.detach()) for m, q in entries][: self.memory - 1]
+        weights = [self.decay**age for age in range(len(entries))]
+        mean, square = (
+            sum(w * entry[i] for w, entry in zip(weights, entries, strict=True)) / sum(weights) for i in range(2)
+        )
+        xhat = (x - _column(mean)) / (_column(square - mean * mean) + self.eps).sqrt()
+        return xhat * _column(self.weight) + _column(self.bias)
+
+
+class NaiveInstanceEnhancement(nn.Module):
+    """Liang et al. 2020, section 3: a batch norm without affine map, and a gate from the raw input."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_features, affine=False)
+        self.weight, self.bias = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.zeros(num_features))
+        self.gate_weight = nn.Parameter(torch.zeros(num_features))
+        self.gate_bias = nn.Parameter(-torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((2, 3), keepdim=True)
+        gate = torch.sigmoid(mean * _column(self.gate_weight) + _column(self.gate_bias))
+        return self.norm(x) * (_column(self.weight) * gate) + _column(self.bias)
+
+
+class NaiveProxyNorm(nn.Module):
+    """Labatie et al. 2021, section 4, with LayerNorm and ReLU; the proxy's statistics by quadrature in each forward."""
+
+    def __init__(self, num_features: int, points: int = 200) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.zeros(num_features))
+        self.proxy_weight = nn.Parameter(torch.zeros(num_features))
+        self.proxy_bias = nn.Parameter(torch.zeros(num_features))
+        grid = 2 * (torch.arange(points) + 0.5) / points - 1
+        self.register_buffer("quantiles", math.sqrt(2) * torch.erfinv(grid))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.nn.functional.group_norm(x, 1)
+        z = torch.relu(y * _column(self.weight) + _column(self.bias))
+        proxy = (1 + self.proxy_weight) * self.get_buffer("quantiles")[:, None] + self.proxy_bias
+        response = torch.relu(proxy * self.weight + self.bias)
+        mean, var = response.mean(0), response.var(0, unbiased=False)
+        return (z - _column(mean)) / (_column(var) + 0.03).sqrt()
+
+
+class NaiveCrossIteration(nn.Module):
+    """Yao et al. 2021 (arXiv 2002.05712), equations 3-8, on a convolution, with the derivatives by autograd.
+
+    As the authors do it, d mean / d W and d E[y^2] / d W and the weights of each of the last iterations are kept.
+    """
+
+    def __init__(self, conv: nn.Conv2d, past: int = 3) -> None:
+        super().__init__()
+        self.conv = conv
+        self.past = past
+        self.weight = nn.Parameter(torch.ones(conv.out_channels))
+        self.bias = nn.Parameter(torch.zeros(conv.out_channels))
+        self.window: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        weight = self.conv.weight
+        mean, square = y.mean((0, 2, 3)), (y * y).mean((0, 2, 3))
+        slopes = [torch.autograd.grad(table.sum(), weight, retain_graph=True)[0] for table in (mean, square)]
+        means, squares = [mean], [square]
+        for old_mean, old_square, mean_slope, square_slope, old_weight in self.window:
+            step = weight.detach() - old_weight
+            means.append(old_mean + (mean_slope * step).sum((1, 2, 3)))
+            squares.append(old_square + (square_slope * step).sum((1, 2, 3)))
+        here = (mean.detach(), square.detach(), *slopes, weight.detach().clone())
+        self.window = [here, *self.window][: self.past]
+        center = torch.stack(means).mean(0)
+        second = torch.stack([torch.maximum(q, m * m) for m, q in zip(means, squares, strict=True)]).mean(0)
+        xhat = (y - _column(center)) / (_column(second - center * center) + 1e-5).sqrt()
+        return xhat * _column(self.weight) + _column(self.bias)
+
+    def state_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for entry in self.window for tensor in entry)
+
+
 class SplitBatchNorm(nn.Module):
     """timm ``layers/split_batchnorm.py``: a batch norm for each chunk, and a concatenation."""
 
