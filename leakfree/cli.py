@@ -24,6 +24,7 @@ __all__ = ["UsageError", "main"]
 _EXAMPLES = {
     "train": """examples:
   leakfree train --config-file configs/detection/digits/pretrain.yaml --num-processes 2
+  leakfree train --config-file configs/classification/digits_BN.yaml model.norm=SyncBN output_dir=output/try
   leakfree train --config-file configs/detection/coco/mask_rcnn_R50_FPN_1x.yaml --num-gpus 8 seed=1
   leakfree train --config-file output/digits/pretrain/config.yaml --resume""",
     "evaluate": """examples:

@@ -9,8 +9,14 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from leakfree.config.check import Origin
-from leakfree.config.schema import BoxHeadConfig, DetectionRunConfig, MaskHeadConfig, RunConfig
+from leakfree.config.check import Origin, schema_kinds
+from leakfree.config.schema import (
+    BoxHeadConfig,
+    ClassificationRunConfig,
+    DetectionRunConfig,
+    MaskHeadConfig,
+    RunConfig,
+)
 from leakfree.errors import ConfigError
 
 __all__ = ["RULES", "check_rules"]
@@ -35,6 +41,8 @@ def check_rules(config: RunConfig, origin: Origin) -> None:
 
 
 def _datasets_are_complete(config: RunConfig) -> Problems:
+    if not isinstance(config, DetectionRunConfig):
+        return
     for split in ("train", "val"):
         dataset = getattr(config.data, split)
         for name in ("images", "annotations"):
@@ -46,7 +54,48 @@ def _datasets_are_complete(config: RunConfig) -> Problems:
                 )
 
 
+def _folders_are_named(config: RunConfig) -> Problems:
+    if not isinstance(config, ClassificationRunConfig):
+        return
+    for split in ("train", "val"):
+        images = getattr(config.data, split)
+        if images.name == "image_folder" and not images.path:
+            yield (
+                f"data.{split}.path",
+                f"is empty: data.{split}.name=image_folder needs a folder with a subfolder of images for each class "
+                "(names: digits, image_folder)",
+            )
+        if not images.corruptions:
+            yield f"data.{split}.corruptions", "is empty: name at least one of none, blur, contrast, invert"
+    unknown = [name for name in config.data.val.corruptions if name not in config.data.train.corruptions]
+    if config.model.norm == "DomainBN" and unknown:
+        yield (
+            "data.val.corruptions",
+            f"DomainBN has no statistics for {unknown[0]}: it is none of data.train.corruptions "
+            f"({', '.join(config.data.train.corruptions)})",
+        )
+
+
+def _batches_hold_whole_groups(config: RunConfig) -> Problems:
+    if not isinstance(config, ClassificationRunConfig) or config.data.composition == "random":
+        return
+    total, size = config.trainer.total_batch_size, config.data.group_size
+    if total % size:
+        yield (
+            "data.group_size",
+            f"{total} images (trainer.total_batch_size) cannot be split into groups of {size} of one class; nearest "
+            "that can: " + _nearest_divisors(total, size),
+        )
+
+
+def _nearest_divisors(total: int, given: int) -> str:
+    near = sorted((size for size in range(1, total + 1) if total % size == 0), key=lambda size: abs(size - given))
+    return ", ".join(map(str, sorted(near[:2])))
+
+
 def _digits_fit_their_scene(config: RunConfig) -> Problems:
+    if not isinstance(config, DetectionRunConfig):
+        return
     for split in ("train", "val"):
         dataset = getattr(config.data, split)
         if dataset.name != "digit_scenes":
@@ -70,6 +119,8 @@ def _digits_fit_their_scene(config: RunConfig) -> Problems:
 
 
 def _image_sizes_are_positive(config: RunConfig) -> Problems:
+    if not isinstance(config, DetectionRunConfig):
+        return
     if not config.data.min_size:
         yield "data.min_size", "is empty: needs at least one size in pixels, like [800]"
     elif min(config.data.min_size) < 1:
@@ -92,15 +143,14 @@ def _batch_is_shared_evenly(config: RunConfig) -> Problems:
 
 
 def _image_groups_fill_the_batch(config: RunConfig) -> Problems:
-    if not isinstance(config, DetectionRunConfig) or not config.model.images_per_group:
+    if not isinstance(config, DetectionRunConfig | ClassificationRunConfig) or not config.model.images_per_group:
         return
     total, images = config.trainer.total_batch_size, config.model.images_per_group
     if total % images:
-        near = sorted((size for size in range(1, total + 1) if total % size == 0), key=lambda size: abs(size - images))
         yield (
             "model.images_per_group",
             f"{total} images (trainer.total_batch_size) cannot be split into groups of {images}; nearest that can: "
-            + ", ".join(map(str, sorted(near[:2]))),
+            + _nearest_divisors(total, images),
         )
 
 
@@ -112,7 +162,9 @@ def _milestones_increase(config: RunConfig) -> Problems:
 
 def _something_is_evaluated(config: RunConfig) -> Problems:
     if not config.evaluation.statistics:
-        yield "evaluation.statistics", "is empty: name at least one of population, precise, image, random"
+        schema: type = type(config)
+        known = schema_kinds(schema)["evaluation.statistics"][1]["one_of"]
+        yield "evaluation.statistics", f"is empty: name at least one of {', '.join(known)}"
 
 
 def _output_is_named(config: RunConfig) -> Problems:
@@ -121,14 +173,16 @@ def _output_is_named(config: RunConfig) -> Problems:
 
 
 def _pixels_are_normalized(config: RunConfig) -> Problems:
-    if not isinstance(config, DetectionRunConfig):
-        return
-    for name in ("image_mean", "image_std"):
-        values = getattr(config.model, name)
+    given: dict[str, list[float]] = {}
+    if isinstance(config, DetectionRunConfig):
+        given = {"model.image_mean": config.model.image_mean, "model.image_std": config.model.image_std}
+    elif isinstance(config, ClassificationRunConfig):
+        given = {"data.mean": config.data.mean, "data.std": config.data.std}
+    for key, values in given.items():
         if len(values) != 3:
-            yield f"model.{name}", f"needs 3 numbers (red, green, blue), got {values}"
-    if min(config.model.image_std) <= 0:
-        yield "model.image_std", f"must be above 0, got {config.model.image_std}"
+            yield key, f"needs 3 numbers (red, green, blue), got {values}"
+        elif key.endswith("std") and min(values) <= 0:
+            yield key, f"must be above 0, got {values}"
 
 
 def _anchors_are_positive(config: RunConfig) -> Problems:
@@ -142,6 +196,8 @@ def _anchors_are_positive(config: RunConfig) -> Problems:
 
 
 def _norms_have_a_place(config: RunConfig) -> Problems:
+    if isinstance(config, ClassificationRunConfig) and config.model.norm == "none" and config.model.name != "small":
+        yield "model.norm", f"none is only for model.name=small, and the model is {config.model.name}"
     if not isinstance(config, DetectionRunConfig):
         return
     backbone, box_head = config.model.backbone, config.model.box_head
@@ -166,6 +222,8 @@ def _statistics_can_be_shuffled(config: RunConfig) -> Problems:
 
 def _settings_without_effect(config: RunConfig) -> Problems:
     yield from _schedule_without_effect(config)
+    if isinstance(config, ClassificationRunConfig):
+        yield from _images_without_effect(config)
     for key, head in _heads(config):
         if head.roi_shuffle == "features" and head.norm == "none":
             yield f"{key}.roi_shuffle", "features has no effect: no norm in the head, so no RoI sees another"
@@ -179,7 +237,47 @@ def _settings_without_effect(config: RunConfig) -> Problems:
         yield "model.images_per_group", f"has no effect: no norm of a head shares statistics ({norms})"
 
 
+def _images_without_effect(config: ClassificationRunConfig) -> Problems:
+    data = config.data
+    if data.composition == "random" and _changed(data, "group_size"):
+        yield "data.group_size", "has no effect with data.composition=random: it is for same_class"
+    for split, images in (("train", data.train), ("val", data.val)):
+        if images.name == "digits" and images.path:
+            yield f"data.{split}.path", f"has no effect with data.{split}.name=digits: it is for image_folder"
+        if not images.noise and _changed(images, "seed"):
+            yield f"data.{split}.seed", f"has no effect with data.{split}.noise=0: it is of the noise"
+
+
+def _norm_sections(config: RunConfig) -> list[tuple[str, str, dict[str, Any]]]:
+    """(key, norm, options) wherever a norm is chosen."""
+    sections: list[tuple[str, Any]] = list(_heads(config))
+    if isinstance(config, DetectionRunConfig):
+        sections.append(("model.backbone", config.model.backbone))
+    if isinstance(config, ClassificationRunConfig):
+        sections.append(("model", config.model))
+    return [(key, section.norm, section.norm_options) for key, section in sections]
+
+
+def _ramps_without_effect(config: RunConfig) -> Problems:
+    schedule, sections = config.schedule, _norm_sections(config)
+    norms = {norm for _, norm, _ in sections}
+    for key, norm, options in sections:
+        for name in ("ramp", "burn_in"):
+            if (
+                schedule.scale_ramps
+                and (norm, name) in (("BatchRenorm", "ramp"), ("CBN", "burn_in"))
+                and name in options
+            ):
+                yield (
+                    f"{key}.norm_options.{name}",
+                    "has no effect with schedule.scale_ramps=true, which scales it to schedule.max_steps",
+                )
+    if _changed(schedule, "burn_in") and not (schedule.scale_ramps and "CBN" in norms):
+        yield "schedule.burn_in", "has no effect: it is for norm CBN, with schedule.scale_ramps=true"
+
+
 def _schedule_without_effect(config: RunConfig) -> Problems:
+    yield from _ramps_without_effect(config)
     optimizer, schedule = config.optimizer, config.schedule
     if schedule.warmup_steps >= schedule.max_steps:
         yield (
@@ -212,6 +310,8 @@ def _heads(config: RunConfig) -> list[tuple[str, BoxHeadConfig | MaskHeadConfig]
 
 RULES: list[Callable[[RunConfig], Problems]] = [
     _datasets_are_complete,
+    _folders_are_named,
+    _batches_hold_whole_groups,
     _digits_fit_their_scene,
     _image_sizes_are_positive,
     _batch_is_shared_evenly,

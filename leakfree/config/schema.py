@@ -16,12 +16,20 @@ from typing import Any
 __all__ = [
     "BackboneConfig",
     "BoxHeadConfig",
+    "ClassificationDataConfig",
+    "ClassificationEvaluationConfig",
+    "ClassificationModelConfig",
+    "ClassificationRunConfig",
     "DataConfig",
     "DatasetConfig",
+    "DetectionDataConfig",
+    "DetectionEvaluationConfig",
+    "DetectionLeakageConfig",
     "DetectionModelConfig",
     "DetectionRunConfig",
     "DigitScenesConfig",
     "EvaluationConfig",
+    "ImagesConfig",
     "LeakageConfig",
     "MaskHeadConfig",
     "OptimizerConfig",
@@ -51,7 +59,38 @@ def _f(
     return field(default=default, metadata=metadata)
 
 
-# ---------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------- sections that every task has
+
+
+@dataclass
+class DataConfig:
+    """Where data lies, and who reads it. A task adds what the model sees."""
+
+    root: str = "datasets"  # where relative paths start, and where what is made here is written (once)
+    num_workers: int = _f(2, low=0)  # loader processes per rank
+
+
+@dataclass
+class EvaluationConfig:
+    """The same checkpoint under several statistics; see ``docs/measures.md``. A task says which it knows."""
+
+    statistics: list[str] = _f(["population", "precise"])
+    images_per_batch: int = _f(8, low=1)
+    precise_images: int = _f(320, low=1)  # training images behind the precise population statistics
+    max_images: int = _f(0, low=0)  # 0 = all
+
+
+@dataclass
+class LeakageConfig:
+    """What every run measures about who learns from whom."""
+
+    enabled: bool = True
+    influence_batches: int = _f(4, low=1)
+    influence_probes: int = _f(16, low=1)  # outputs per batch whose gradient is followed
+    seed: int = _f(0, low=0)  # of random groups and probes
+
+
+# ----------------------------------------------------------------------------------- detection: data
 
 
 @dataclass
@@ -83,10 +122,7 @@ class DatasetConfig:
 
 
 @dataclass
-class DataConfig:
-    """What the model sees."""
-
-    root: str = "datasets"  # where digit_scenes are written (once) and relative COCO paths start
+class DetectionDataConfig(DataConfig):
     train: DatasetConfig = field(default_factory=DatasetConfig)
     val: DatasetConfig = field(default_factory=DatasetConfig)
     on_error: str = _f("raise", one_of=("raise", "skip"))  # broken image or annotation: stop, or skip and count
@@ -94,10 +130,9 @@ class DataConfig:
     min_size: list[int] = _f([800])  # pixels of the shorter side; one is drawn per image in training, the last in tests
     max_size: int = _f(1333, low=1)  # pixels of the longer side
     keep_empty: bool = False  # train on images without objects
-    num_workers: int = _f(2, low=0)  # loader processes per rank
 
 
-# --------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------- detection: model
 
 
 @dataclass
@@ -164,6 +199,77 @@ class DetectionModelConfig:
     mask_head: MaskHeadConfig = field(default_factory=MaskHeadConfig)
 
 
+# ------------------------------------------------------------------------------ detection: measures
+
+
+@dataclass
+class DetectionEvaluationConfig(EvaluationConfig):
+    statistics: list[str] = _f(
+        ["population", "precise", "image", "random"], one_of=("population", "precise", "image", "random")
+    )
+    images_per_batch: int = _f(8, low=1)  # images whose RoIs meet in one head forward
+
+
+@dataclass
+class DetectionLeakageConfig(LeakageConfig):
+    max_images: int = _f(240, low=1)  # images per split for RoI accuracy
+
+
+# -------------------------------------------------------------------------------------- classification
+
+
+@dataclass
+class ImagesConfig:
+    """One split of labelled images: the embedded digits, or a folder on disk.
+
+    ``corruptions`` are the domains of the split: image i gets corruption ``i % len(corruptions)``.
+    """
+
+    name: str = _f("digits", one_of=("digits", "image_folder"))
+    path: str = ""  # image_folder: a folder with a subfolder of images for each class
+    corruptions: list[str] = _f(["none"], one_of=("none", "blur", "contrast", "invert"))
+    noise: float = _f(0.0, low=0.0)  # standard deviation of Gaussian noise, pixels are in [0, 1]; fixed per image
+    seed: int = _f(0, low=0)  # of the noise
+
+
+@dataclass
+class ClassificationDataConfig(DataConfig):
+    train: ImagesConfig = field(default_factory=ImagesConfig)
+    val: ImagesConfig = field(default_factory=ImagesConfig)
+    image_size: int = _f(8, low=4)  # pixels, square
+    min_crop: float = _f(1.0, above=0.0, high=1.0)  # training: smallest share of the image in a random crop; 1 = none
+    flip: float = _f(0.0, low=0.0, high=1.0)  # probability of a horizontal flip in training
+    mean: list[float] = _f([0.0, 0.0, 0.0])  # subtracted from pixels in [0, 1]: red, green, blue
+    std: list[float] = _f([1.0, 1.0, 1.0])  # and what they are divided by
+    # How training batches are composed: images at random, or groups of group_size images of one class each,
+    # while the classes of the whole batch stay balanced.
+    composition: str = _f("random", one_of=("random", "same_class"))
+    group_size: int = _f(16, low=1)  # images; same_class
+
+
+@dataclass
+class ClassificationModelConfig:
+    """An image classifier with a norm after each convolution."""
+
+    name: str = _f("small", one_of=("small", "resnet18", "resnet34", "resnet50", "resnet101"))
+    norm: str = _f("BN", registry="norms")  # "none" only for the small one
+    norm_options: dict[str, Any] = _f({})
+    num_classes: int = _f(0, low=0)  # 0 = as many as the training data has
+    weights: str = ""  # checkpoint to start from, or to evaluate
+    weights_parts: list[str] = _f([])  # load only these submodules (layer1, ...); [] = all
+    freeze: list[str] = _f([])  # submodules whose weights and statistics stay as loaded
+    images_per_group: int = _f(0, low=0)  # consecutive images that share statistics in training; 0 = all of a rank
+
+
+@dataclass
+class ClassificationEvaluationConfig(EvaluationConfig):
+    statistics: list[str] = _f(
+        ["population", "precise", "random", "same_class"], one_of=("population", "precise", "random", "same_class")
+    )
+    images_per_batch: int = _f(16, low=1)  # images that share statistics under "random" and "same_class"
+    precise_images: int = _f(1200, low=1)  # training images behind the precise population statistics
+
+
 # ------------------------------------------------------------------------------------ training
 
 
@@ -187,6 +293,10 @@ class ScheduleConfig:
     gamma: float = _f(0.1, low=0.0, high=1.0)  # step: lr factor at each milestone
     freeze_bn_at: float = _f(1.0, low=0.0, high=1.0)  # share of the run after which BN is frozen; 1 = never
     freeze_bn_statistics: str = _f("precise", one_of=("precise", "ema"))  # what it is frozen with
+    # BatchRenorm's ramp and CBN's burn-in follow max_steps; false = as norm_options (or the papers' long runs) say.
+    scale_ramps: bool = True
+    burn_in: float = _f(2 / 3, low=0.0, high=1.0)  # with scale_ramps: share of the run in which CBN is plain BN
+    double_forward: bool = False  # MBN: run each batch once more after its update, so that the memory stays fresh
 
 
 @dataclass
@@ -203,31 +313,8 @@ class TrainerConfig:
 
 
 @dataclass
-class EvaluationConfig:
-    """The same checkpoint under several statistics; see ``docs/measures.md``."""
-
-    statistics: list[str] = _f(
-        ["population", "precise", "image", "random"], one_of=("population", "precise", "image", "random")
-    )
-    images_per_batch: int = _f(8, low=1)  # images whose RoIs meet in one head forward
-    precise_images: int = _f(320, low=1)  # training images behind the precise population statistics
-    max_images: int = _f(0, low=0)  # 0 = all
-
-
-@dataclass
-class LeakageConfig:
-    """What every run measures about who learns from whom."""
-
-    enabled: bool = True
-    max_images: int = _f(240, low=1)  # images per split for RoI accuracy
-    influence_batches: int = _f(4, low=1)
-    influence_probes: int = _f(16, low=1)  # RoIs per batch whose gradient is followed
-    seed: int = _f(0, low=0)  # of random groups and probes
-
-
-@dataclass
 class RunConfig:
-    """Keys of every task. A task adds its ``model`` (and narrows others) in a subclass."""
+    """Keys of every task. A task adds its ``model`` and narrows other sections in a subclass."""
 
     task: str = "detection"
     seed: int = _f(0, low=0, high=2**32 - 1)
@@ -242,7 +329,18 @@ class RunConfig:
 
 @dataclass
 class DetectionRunConfig(RunConfig):
+    data: DetectionDataConfig = field(default_factory=DetectionDataConfig)
+    evaluation: DetectionEvaluationConfig = field(default_factory=DetectionEvaluationConfig)
+    leakage: DetectionLeakageConfig = field(default_factory=DetectionLeakageConfig)
     model: DetectionModelConfig = field(default_factory=DetectionModelConfig)
 
 
-TASKS: dict[str, type[RunConfig]] = {"detection": DetectionRunConfig}
+@dataclass
+class ClassificationRunConfig(RunConfig):
+    task: str = "classification"
+    data: ClassificationDataConfig = field(default_factory=ClassificationDataConfig)
+    evaluation: ClassificationEvaluationConfig = field(default_factory=ClassificationEvaluationConfig)
+    model: ClassificationModelConfig = field(default_factory=ClassificationModelConfig)
+
+
+TASKS: dict[str, type[RunConfig]] = {"detection": DetectionRunConfig, "classification": ClassificationRunConfig}

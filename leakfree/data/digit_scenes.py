@@ -16,33 +16,29 @@ are compared on the same scenes. The bytes of files also depend on the versions 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from leakfree.config.schema import DigitScenesConfig
+from leakfree.data.digits import SPLITS, Split, digit_images, digits_by_class, resize_bilinear
 from leakfree.data.masks import encode_mask, mask_polygons
 from leakfree.errors import ConfigError, DataError, choices
 
 __all__ = ["IMAGE_MEAN", "IMAGE_STD", "Scene", "compose_scene", "digit_scenes_path", "write_digit_scenes"]
-
-Split = Literal["train", "val"]
 
 PIXEL_LOW, PIXEL_HIGH = -1.5, 2.5  # scene values stored as 0 and 255
 IMAGE_MEAN = ((0.2 - PIXEL_LOW) / (PIXEL_HIGH - PIXEL_LOW),) * 3  # 0.425
 IMAGE_STD = (0.5 / (PIXEL_HIGH - PIXEL_LOW),) * 3  # 0.125
 
 FORMAT = 1  # of the recipe: raise it when the same settings give other scenes
-SPLITS = ("train", "val")
-TRAIN_DIGITS = 1200  # of 1797
 TEXTURE_SIZE = 32  # grid points of the texture per side
 TEXTURE_STD = 0.66  # of unit noise after bilinear upsampling (2/3 in the limit)
 INK = 0.3  # an upsampled digit is its object where it exceeds this
@@ -109,7 +105,7 @@ def compose_scene(config: DigitScenesConfig, split: Split, index: int) -> Scene:
     """
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     size, cell, count = config.image_size, config.image_size // config.grid, config.objects_per_image
-    scene = _bilinear(rng.standard_normal((TEXTURE_SIZE, TEXTURE_SIZE)), size) * (config.clutter / TEXTURE_STD)
+    scene = resize_bilinear(rng.standard_normal((TEXTURE_SIZE, TEXTURE_SIZE)), size) * (config.clutter / TEXTURE_STD)
     cells = rng.permutation(config.grid**2)[:count]
     sides = rng.integers(config.digit_size[0], config.digit_size[1] + 1, size=count)
     corners = (rng.random((count, 2)) * (cell - sides[:, None] + 1)).astype(np.int64)
@@ -118,7 +114,7 @@ def compose_scene(config: DigitScenesConfig, split: Split, index: int) -> Scene:
     classes, digits = _draw_digits(rng, config, split)  # last: the rest does not depend on what is drawn here
     masks = np.zeros((count, size, size), dtype=bool)
     for mask, digit, side, (top, left) in zip(masks, digits, sides, corners, strict=True):
-        ink = _bilinear(_digits()[0][digit], int(side))
+        ink = resize_bilinear(digit_images()[0][digit], int(side))
         window = (slice(top, top + side), slice(left, left + side))
         scene[window] += ink
         mask[window] = ink > INK
@@ -135,38 +131,8 @@ def _draw_digits(rng: np.random.Generator, config: DigitScenesConfig, split: Spl
     digits = np.zeros_like(classes)
     for value in np.unique(classes):
         places = np.flatnonzero(classes == value)
-        digits[places] = rng.choice(_pools(split)[value], size=len(places), replace=False)
+        digits[places] = rng.choice(digits_by_class(split)[value], size=len(places), replace=False)
     return classes, digits
-
-
-@functools.cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Ink in [0, 1], float64 (1797, 8, 8), and classes (1797,)."""
-    from sklearn.datasets import load_digits  # slow to import, and only needed to write scenes
-
-    bunch = load_digits()
-    return bunch.images / 16.0, bunch.target
-
-
-@functools.cache
-def _pools(split: Split) -> list[np.ndarray]:
-    """The digits of a split, by class: one fixed permutation, the same for every seed."""
-    order = np.random.default_rng(0).permutation(len(_digits()[1]))
-    part = order[:TRAIN_DIGITS] if split == "train" else order[TRAIN_DIGITS:]
-    return [part[_digits()[1][part] == value] for value in range(10)]
-
-
-def _bilinear(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize a square image bilinearly (half-pixel centres, edges held): torch's ``align_corners=False``.
-
-    Element by element instead of a matrix product, whose last bits differ between machines.
-    """
-    n = len(image)
-    at = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
-    low = np.minimum(at.astype(np.int64), n - 2)
-    share = at - low
-    rows = image[low] * (1 - share)[:, None] + image[low + 1] * share[:, None]
-    return rows[:, low] * (1 - share) + rows[:, low + 1] * share
 
 
 def _settings(config: DigitScenesConfig, split: Split) -> dict[str, Any]:
@@ -185,10 +151,10 @@ def _settings(config: DigitScenesConfig, split: Split) -> dict[str, Any]:
             f"data.{split}.digits.objects_per_image is {config.objects_per_image}; valid: 0 to {config.grid**2}, "
             f"one digit per cell of a {config.grid} x {config.grid} grid"
         )
-    if config.objects_per_image > min(map(len, _pools(split))):
+    if config.objects_per_image > min(map(len, digits_by_class(split))):
         raise ConfigError(
             f"data.{split}.digits.objects_per_image is {config.objects_per_image}; valid: up to "
-            f"{min(map(len, _pools(split)))}, as many as the rarest class of the {split} digits has"
+            f"{min(map(len, digits_by_class(split)))}, as many as the rarest class of the {split} digits has"
         )
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     values |= {"class_sharing": float(config.class_sharing), "clutter": float(config.clutter)}  # 1 and 1.0: one name

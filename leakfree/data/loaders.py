@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import to_dtype
 
-from leakfree.config.schema import DataConfig
+from leakfree.config.schema import DetectionDataConfig
 from leakfree.data.coco import CocoInstances, Sample
 from leakfree.data.digit_scenes import digit_scenes_path, write_digit_scenes
 from leakfree.data.problems import Problem
@@ -25,7 +25,7 @@ __all__ = ["InstanceLoader", "build_dataset", "build_eval_loader", "build_train_
 NAMES = ("coco", "digit_scenes")
 
 
-def build_dataset(config: DataConfig, split: Literal["train", "val"], *, masks: bool = True) -> CocoInstances:
+def build_dataset(config: DetectionDataConfig, split: Literal["train", "val"], *, masks: bool = True) -> CocoInstances:
     """Open one split; digit scenes are written first where they are not there yet.
 
     Training leaves out images without objects unless ``keep_empty``; validation keeps them, since a detection
@@ -62,7 +62,7 @@ def build_dataset(config: DataConfig, split: Literal["train", "val"], *, masks: 
 
 def build_train_loader(
     dataset: CocoInstances,
-    config: DataConfig,
+    config: DetectionDataConfig,
     *,
     images_per_rank: int,
     rank: int = 0,
@@ -84,7 +84,7 @@ def build_train_loader(
 
 def build_eval_loader(
     dataset: CocoInstances,
-    config: DataConfig,
+    config: DetectionDataConfig,
     *,
     images_per_batch: int,
     rank: int = 0,
@@ -191,7 +191,7 @@ def _loader(
     )
 
 
-def _path(config: DataConfig, value: str, key: str, meaning: str) -> Path:
+def _path(config: DetectionDataConfig, value: str, key: str, meaning: str) -> Path:
     if not value:
         raise DataError(f"{key} is empty; give {meaning}, absolute or relative to data.root ({config.root})")
     return Path(config.root) / value

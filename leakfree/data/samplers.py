@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 from leakfree.errors import DataError
 
-__all__ = ["EvaluationBatchSampler", "TrainingBatchSampler"]
+__all__ = ["EvaluationBatchSampler", "SameClassBatchSampler", "TrainingBatchSampler"]
 
 
 class TrainingBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -49,7 +49,7 @@ class TrainingBatchSampler(Sampler[list[tuple[int, int]]]):
         self.seed = seed
         self.start_step = start_step
         self.max_steps = max_steps
-        self._epochs: dict[int, np.ndarray] = {}
+        self._epochs: dict[object, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.max_steps
@@ -65,12 +65,59 @@ class TrainingBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def _image_at(self, position: int) -> int:
         epoch, place = divmod(position, self.num_images)
-        if epoch not in self._epochs:
-            while len(self._epochs) > 1:  # a batch may cross into the next epoch: two are enough
+        return int(self._order([0, self.seed, epoch], self.num_images)[place])
+
+    def _order(self, key: list[int], count: int, keep: int = 2) -> np.ndarray:
+        """The permutation of ``count`` that ``key`` seeds; the last ``keep`` are remembered.
+
+        A batch may cross into the next epoch: two are enough for one stream.
+        """
+        name = tuple(key)
+        if name not in self._epochs:
+            while len(self._epochs) >= keep:
                 self._epochs.pop(next(iter(self._epochs)))
-            rng = np.random.default_rng([0, self.seed, epoch])
-            self._epochs[epoch] = rng.permutation(self.num_images)
-        return int(self._epochs[epoch][place])
+            self._epochs[name] = np.random.default_rng(key).permutation(count)
+        return self._epochs[name]
+
+
+class SameClassBatchSampler(TrainingBatchSampler):
+    """Batches of groups of ``group_size`` images, each group of one class (Wu & Johnson 2021, section 6).
+
+    The classes take turns: each run of as many groups as there are classes holds every class once, in a seeded order,
+    so a batch of whole runs is balanced. Inside a class, images come as in :class:`TrainingBatchSampler`: an endless
+    stream of epochs, each a seeded permutation. Steps, ranks and resuming as there; groups are consecutive.
+
+    Args:
+        labels: int64 (n,), the class of each image; values without an image are no class.
+        group_size: images of a group; must divide the total batch.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        group_size: int,
+        images_per_rank: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start_step: int = 0,
+        max_steps: int = 1,
+    ) -> None:
+        super().__init__(len(labels), images_per_rank, rank, world_size, seed, start_step, max_steps)
+        total = images_per_rank * world_size
+        if group_size < 1 or total % group_size:
+            raise ValueError(f"{total} images of a batch cannot be split into groups of {group_size}")
+        self.group_size = group_size
+        self._pools = [np.flatnonzero(labels == value) for value in np.unique(labels)]
+
+    def _image_at(self, position: int) -> int:
+        group, place = divmod(position, self.group_size)
+        turn, seat = divmod(group, len(self._pools))
+        keep = 2 * len(self._pools) + 2  # two epochs of each class, and the order of the classes
+        chosen = int(self._order([5, self.seed, turn], len(self._pools), keep)[seat])
+        pool = self._pools[chosen]
+        epoch, place = divmod(turn * self.group_size + place, len(pool))
+        return int(pool[self._order([2, self.seed, chosen, epoch], len(pool), keep)[place]])
 
 
 class EvaluationBatchSampler(Sampler[list[int]]):

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional
 
 from leakfree.errors import DataError
 
-__all__ = ["DetectionTransform", "sample_generator"]
+__all__ = ["DetectionTransform", "mirrored", "sample_generator"]
 
 
 def sample_generator(seed: int, draw: int, index: int) -> torch.Generator:
@@ -97,10 +97,10 @@ def _flip(image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]
     width = image.shape[-1]
     target = {**target, "boxes": torch.stack([width - x1, y0, width - x0, y1], dim=1)}
     if "masks" in target:
-        target["masks"] = _mirrored(target["masks"])
-    return _mirrored(image), target
+        target["masks"] = mirrored(target["masks"])
+    return mirrored(image), target
 
 
-def _mirrored(pixels: Tensor) -> Tensor:
+def mirrored(pixels: Tensor) -> Tensor:
     """``pixels.flip(-1)``; torch's starts its threads for it, which takes ten times as long on busy cores."""
     return torch.from_numpy(np.ascontiguousarray(pixels.numpy()[..., ::-1]))

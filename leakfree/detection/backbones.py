@@ -4,37 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from leakfree.config.schema import BackboneConfig
-from leakfree.errors import ConfigError, choices
-from leakfree.norms import NORMS, PartitionedBatchNorm, build_norm
+from leakfree.errors import ConfigError
+from leakfree.norms import PartitionedBatchNorm, norm_layer
 
-__all__ = ["SmallBackbone", "build_backbone", "norm_layer"]
-
-
-def norm_layer(name: str, options: dict[str, Any], key: str) -> Callable[[int], nn.Module] | None:
-    """torchvision's ``norm_layer`` argument for a norm of ours; None for "none".
-
-    Raises:
-        ConfigError: an unknown norm or option, naming the config key ``model.<key>.norm`` it stands under.
-    """
-    if name == "none":
-        return None
-    if name not in NORMS:
-        valid = choices(name, ["none", *(known for known, _ in NORMS)])
-        raise ConfigError(f"model.{key}.norm: unknown norm {name!r}; choose from {valid}")
-
-    def build(num_features: int) -> nn.Module:
-        try:
-            return build_norm(name, num_features, **options)
-        except ConfigError as error:
-            raise ConfigError(f"model.{key}.norm_options: {error}") from None
-
-    return build
+__all__ = ["SmallBackbone", "build_backbone"]
 
 
 class SmallBackbone(nn.Module):
@@ -71,8 +49,8 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
             raise ConfigError(
                 "model.backbone.freeze_at: the small backbone has no stages; freeze it whole: model.freeze=[backbone]"
             )
-        return SmallBackbone(norm_layer(config.norm, config.norm_options, "backbone"))
-    norm = norm_layer(config.norm, config.norm_options, "backbone")
+        return SmallBackbone(norm_layer(config.norm, config.norm_options, "model.backbone"))
+    norm = norm_layer(config.norm, config.norm_options, "model.backbone")
     if norm is None:
         raise ConfigError(
             "model.backbone.norm: 'none' is only for the small backbone; a ResNet needs BN, FrozenBN, GN, ..."

@@ -5,61 +5,29 @@ Every function leaves the modes of the model and the global random numbers as th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leakfree.detection.model import training_targets
+from leakfree.state import as_in_training, random_numbers_kept
 
 __all__ = [
     "Detector",
     "Images",
     "Rois",
     "Targets",
-    "evaluating",
     "image_seed",
-    "modes_kept",
     "precise_forward",
     "propose",
-    "random_numbers_kept",
     "sample_rois",
 ]
 
 Detector = Any  # torchvision's FasterRCNN, whose parts have no types
 Images = list[Tensor]
 Targets = list[dict[str, Any]]
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put each module's own train or eval mode back."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients."""
-    with modes_kept(model), torch.no_grad():
-        model.eval()
-        yield
-
-
-@contextmanager
-def random_numbers_kept(model: nn.Module, seed: int) -> Iterator[None]:
-    """Seed torch inside, on the model's device too, and put its random state back."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def image_seed(seed: int, image_id: int) -> int:
@@ -126,8 +94,5 @@ def precise_forward(model: Detector, batch: tuple[Images, Targets]) -> None:
 
     Batch norms stay in the mode ``precise_bn`` chose; everything else runs as in training.
     """
-    with modes_kept(model):
-        for module in model.modules():
-            if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.training = True
+    with as_in_training(model):
         model(*_inputs(model, *batch))

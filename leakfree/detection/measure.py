@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from leakfree.config.schema import DetectionRunConfig
 from leakfree.data import CocoInstances
 from leakfree.detection.batches import evaluation_batches, training_batches
@@ -22,17 +19,16 @@ from leakfree.detection.inference import (
     Detector,
     Images,
     Targets,
-    evaluating,
     image_seed,
     precise_forward,
     propose,
-    random_numbers_kept,
 )
 from leakfree.detection.model import has_batch_statistics, statistics_mode
 from leakfree.detection.roi_leakage import head_influence, pair_accuracies, roi_accuracies
 from leakfree.evaluation import CocoAp
 from leakfree.norms import BatchStatBatchNorm
 from leakfree.population import precise_bn
+from leakfree.state import buffers_kept, evaluating, has_running_statistics, load_buffers, random_numbers_kept
 
 __all__ = ["DetectorEvaluation", "average_precision", "estimate_statistics", "evaluate_detector"]
 
@@ -67,7 +63,7 @@ def evaluate_detector(
     """
     evaluation = DetectorEvaluation()
     wanted = list(config.evaluation.statistics)
-    can_estimate = _has_running_statistics(model)
+    can_estimate = has_running_statistics(model.roi_heads)
     stored = [mode for mode in wanted if mode in ("image", "random") and has_batch_statistics(model)]
     if "population" in wanted or ("precise" in wanted and not can_estimate):
         stored.insert(0, "population")
@@ -147,16 +143,6 @@ def average_precision(
     return {mode: metric.compute() for mode, metric in metrics.items()}
 
 
-def _has_running_statistics(model: Detector) -> bool:
-    """Whether the RoI heads have statistics that ``precise_bn`` estimates."""
-    return any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.running_mean is not None
-        and not getattr(module, "frozen", False)
-        for module in model.roi_heads.modules()
-    )
-
-
 def estimate_statistics(model: Detector, config: DetectionRunConfig, dataset: CocoInstances) -> None:
     """Fill the batch norm buffers with precise population statistics of ``evaluation.precise_images`` training images.
 
@@ -174,17 +160,8 @@ def _precise_statistics(model: Detector, config: DetectionRunConfig, dataset: Co
 
     Those of the backbone are left alone: proposals and RoI features are the same under all statistics.
     """
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
+    with buffers_kept(model):
+        outside = {name: buffer.clone() for name, buffer in model.named_buffers() if not name.startswith("roi_heads.")}
         estimate_statistics(model, config, dataset)
-        _put_back(model, {name: value for name, value in before.items() if not name.startswith("roi_heads.")})
+        load_buffers(model, outside)
         yield
-    finally:
-        _put_back(model, before)
-
-
-@torch.no_grad()
-def _put_back(model: Detector, values: dict[str, Tensor]) -> None:
-    buffers = dict(model.named_buffers())
-    for name, value in values.items():
-        buffers[name].copy_(value)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -16,18 +14,18 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 
 from leakfree.config.schema import BoxHeadConfig, DetectionModelConfig, DetectionRunConfig, MaskHeadConfig
-from leakfree.detection.backbones import build_backbone, norm_layer
+from leakfree.detection.backbones import build_backbone
 from leakfree.detection.groups import RoiGroups
 from leakfree.detection.roi_heads import GroupedRoIHeads
-from leakfree.errors import CheckpointError, ConfigError, choices
-from leakfree.norms import PartitionedBatchNorm, batch_statistics
+from leakfree.errors import ConfigError
+from leakfree.norms import PartitionedBatchNorm, batch_statistics, norm_layer
 from leakfree.shuffle import Shuffled
+from leakfree.state import freeze_parts
 
 __all__ = [
     "build_detector",
     "describe_batch",
     "has_batch_statistics",
-    "load_weights",
     "roi_groups",
     "statistics_mode",
     "training_targets",
@@ -42,7 +40,7 @@ def build_detector(config: DetectionRunConfig, num_classes: int) -> FasterRCNN:
     With the schema's defaults it is ``torchvision.models.detection.maskrcnn_resnet50_fpn``, with the
     same parameter names and, from the same random state, the same weights. In training the images
     must come resized from the loader; in eval the model resizes and maps its results back.
-    Checkpoints are not loaded here: see :func:`load_weights`.
+    Checkpoints are not loaded here: see :func:`leakfree.state.load_weights`.
 
     Raises:
         ConfigError: a norm, option or submodule name that does not exist, or freezing random weights.
@@ -71,8 +69,7 @@ def build_detector(config: DetectionRunConfig, num_classes: int) -> FasterRCNN:
         **parts,
     )
     GroupedRoIHeads.adopt(detector.roi_heads, model.images_per_group)
-    for part in model.freeze:
-        _freeze(_submodule(detector, part, "model.freeze"))
+    freeze_parts(detector, model.freeze)
     return detector
 
 
@@ -143,7 +140,7 @@ def _box_head(config: BoxHeadConfig, channels: int, seed: int) -> nn.Module:
         (channels, 7, 7),
         [config.conv_dim] * config.num_convs,
         [config.fc_dim],
-        norm_layer(name, options, "box_head"),
+        norm_layer(name, options, "model.box_head"),
     )
     return _shuffled(head, config, seed)
 
@@ -151,24 +148,10 @@ def _box_head(config: BoxHeadConfig, channels: int, seed: int) -> nn.Module:
 def _mask_head(config: MaskHeadConfig, channels: int, seed: int) -> nn.Module:
     seed = 2 * seed + _MASK_SEED
     name, options = _head_norm(config, "mask_head", seed)
-    head = MaskRCNNHeads(channels, [config.conv_dim] * config.num_convs, 1, norm_layer(name, options, "mask_head"))
+    head = MaskRCNNHeads(
+        channels, [config.conv_dim] * config.num_convs, 1, norm_layer(name, options, "model.mask_head")
+    )
     return _shuffled(head, config, seed)
-
-
-def _submodule(model: nn.Module, path: str, key: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        valid = [name for name, _ in model.named_modules() if name and name.count(".") < 2]
-        raise ConfigError(f"{key}: the model has no part {path!r}; choose from {choices(path, valid)}") from None
-
-
-def _freeze(part: nn.Module) -> None:
-    for parameter in part.parameters():
-        parameter.requires_grad_(False)
-    for module in part.modules():
-        if isinstance(module, PartitionedBatchNorm):
-            module.frozen = True
 
 
 def training_targets(targets: Iterable[dict[str, Any]]) -> list[dict[str, Tensor]]:
@@ -233,55 +216,3 @@ def describe_batch(config: DetectionRunConfig, world_size: int) -> dict[str, Any
     if model.mask_head.enabled:
         normalization["mask head"] = head(model.mask_head)
     return {"total": total, "per_rank": per_rank, "normalization": normalization}
-
-
-def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None:
-    """Load a checkpoint's weights into ``model``: all of them, or only the submodules ``parts``.
-
-    Takes a state dict, or a training checkpoint that holds one under "state_dict" or "model".
-    Read with ``weights_only=True``: nothing in the file can run.
-
-    Raises:
-        CheckpointError: no such file, a damaged file, or weights of another model: the first names that
-            are missing, left over, or of another shape are listed, and nothing is loaded.
-    """
-    if not Path(path).is_file():
-        raise CheckpointError(f"model.weights: no file {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"model.weights: {path} cannot be read as a checkpoint: {str(error).splitlines()[0]}"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"model.weights: {path} holds no state dict of tensors")
-    state = {name.removeprefix("model."): value for name, value in state.items()}
-    own = model.state_dict()
-    parts = list(parts)
-    for part in parts:
-        _submodule(model, part, "model.weights_parts")
-
-    def wanted(name: str) -> bool:
-        return not parts or any(name == part or name.startswith(part + ".") for part in parts)
-
-    state = {name: value for name, value in state.items() if wanted(name)}
-    expected = {name: value for name, value in own.items() if wanted(name)}
-    # Frozen norms of torchvision and old checkpoints have no counters.
-    missing = [name for name in expected if name not in state and not name.endswith(".num_batches_tracked")]
-    extra = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    faults = [
-        f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
-        for what, names in (("lacks", missing), ("has left over", extra), ("differs in shape:", shapes))
-        if names
-    ]
-    if faults:
-        raise CheckpointError(f"model.weights: {path} is a checkpoint of another model: it {'; it '.join(faults)}")
-    model.load_state_dict({**own, **state})

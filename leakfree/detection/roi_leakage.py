@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leakfree.detection.inference import Detector, Images, Targets, evaluating, image_seed, modes_kept, sample_rois
+from leakfree.detection.inference import Detector, Images, Targets, image_seed, sample_rois
 from leakfree.detection.model import has_batch_statistics, statistics_mode
 from leakfree.distributed import get_rank, is_distributed
 from leakfree.leakage import cross_sample_influence
+from leakfree.state import evaluating, modes_kept
 
 __all__ = ["head_influence", "pair_accuracies", "roi_accuracies"]
 

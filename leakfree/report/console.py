@@ -21,31 +21,40 @@ from leakfree.report.runs import Variant
 
 __all__ = ["print_comparison"]
 
-_BOX, _MASK, _GAP, _INFLUENCE, _COST = HEADLINE
-_ROI, _, _PAIRS, _ = LEAK
+_BOX, _MASK, _GAP, _ACCURACY, _ACCURACY_GAP, _INFLUENCE, _OF_IMAGES, _COST = HEADLINE
+_ROI, _, _PAIRS, _, _ = LEAK
 _GROUPS = [
     Group("Box AP", _BOX.measures),
     Group("Mask AP", _MASK.measures),
     Group("RoI acc.", _ROI.measures[:3]),
     Group("RoI gap", _GAP.measures),
     Group("Pairs", _PAIRS.measures),
+    _ACCURACY,
+    Group("Gap", _ACCURACY_GAP.measures),
     Group("Influence", _INFLUENCE.measures),
+    Group("Influence", _OF_IMAGES.measures),
     Group("Cost", _COST.measures),
 ]
 _HEADS = {
     "(a) per image": "(a)",
+    "(d) one class": "(d)",
     "(b) random groups": "(b)",
     "(c) population": "(c)",
     "running averages": "run.",
     "(a) − (b)": "(a)−(b)",
     "(a) − (c)": "(a)−(c)",
+    "(d) − (b)": "(d)−(b)",
+    "(d) − (c)": "(d)−(c)",
     "same class": "same",
     "difference": "diff.",
     "in an image": "in img",
     "between images": "betw.",
+    "in a class": "in cls",
+    "between classes": "betw.",
     "s per step": "s/step",
     "peak memory, MiB": "MiB",
 }
+_STRUCTURED = {"detection": "(a) statistics per image", "classification": "(d) statistics of images of one class"}
 _NAME_WIDTH = 24
 _PADDING = 2  # between columns: one sign of padding, one of the table's divider
 _ASCII = str.maketrans({"−": "-", "–": "-", "°": "o", "“": '"', "”": '"'})
@@ -81,10 +90,11 @@ def print_comparison(variants: Sequence[Variant], console: Console, baseline: Va
     for block in _blocks(columns, console.width - name_width):
         width = max(console.width, name_width + sum(column.width for column in block))
         console.print(_block(names, name_width, block, console), width=width, crop=False)
+    structured = _STRUCTURED.get(variants[0].runs[0].record.task, _STRUCTURED["detection"])
     _print(
         console,
-        "AP and accuracy x100. (a) statistics per image, (b) of random groups, (c) of the population; "
-        "run.: running averages.\n* best   ! leak   ° stored statistics stand in for precise ones",
+        f"AP and accuracy x100. {structured}, (b) of random groups, (c) of the population; run.: running averages.\n"
+        "* best   ! leak   ° stored statistics stand in for precise ones",
     )
     for number, entry in enumerate(tables.footnotes(variants), start=1):
         _print(console, f"[{number}] {'; '.join(entry)}")

@@ -13,11 +13,12 @@ from markupsafe import Markup
 
 from leakfree.report.measures import (
     LEAK_THRESHOLD,
+    accuracy,
     ap,
     format_range,
     format_value,
-    gap,
     is_visible_leak,
+    leak_gap,
     pair_gap,
     pairs,
     roi_accuracy,
@@ -27,8 +28,49 @@ from leakfree.report.tables import best_variants, config_differences
 
 __all__ = ["Finding", "cautions", "find", "is_one_class"]
 
-_MEASURED_ALIKE = ("data.val.", "data.root", "data.min_size", "data.max_size", "evaluation.", "leakage.")
+_MEASURED_ALIKE = (
+    "data.val.",
+    "data.root",
+    "data.min_size",
+    "data.max_size",
+    "data.image_size",
+    "data.mean",
+    "data.std",
+    "evaluation.",
+    "leakage.",
+)
 _MACHINE = re.compile(r"host|cpu|gpu|cuda|device|cores|threads|memory|machine|platform|torch|world_size", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What a task calls its samples and its structured batches."""
+
+    samples: str
+    numbers: str  # what a judgement needs
+    alone: str  # the structured statistics, as an adjective
+    what: str  # the headline's: what is classified, while what is normalized together
+
+
+_WORDS = {
+    "detection": _Words(
+        "RoIs",
+        "RoI accuracy under both per-image and population statistics",
+        "per-image",
+        "{} of the foreground RoIs of validation images correctly while the RoIs of an image are normalized together",
+    ),
+    "classification": _Words(
+        "images",
+        "accuracy under both one-class and population statistics",
+        "one-class",
+        "{} of the validation images correctly while images of one class are normalized together",
+    ),
+}
+
+
+def _words(variants: Sequence[Variant]) -> _Words:
+    task = variants[0].runs[0].record.task if variants else "detection"
+    return _WORDS.get(task, _WORDS["detection"])
 
 
 @dataclass(frozen=True)
@@ -41,13 +83,12 @@ class Finding:
 
 
 def find(variants: Sequence[Variant], baseline: Variant | None = None) -> Finding:
-    """Name the largest gap between per-image and population statistics, and what it does to AP."""
+    """Name the largest gap between structured and population statistics, and what it does to AP."""
+    words = _words(variants)
     judged = [variant for variant in variants if variant.finished]
-    gaps = [(variant, spread) for variant in judged if (spread := gap("precise").of(variant))]
+    gaps = [(variant, spread) for variant in judged if (spread := leak_gap(variant).of(variant))]
     if not gaps:
-        headline = Markup(
-            "Leakage cannot be judged: no finished run has RoI accuracy under both per-image and population statistics."
-        )
+        headline = Markup("Leakage cannot be judged: no finished run has {}.").format(words.numbers)
         return Finding(headline, [*_best(judged, None), *_against(judged, baseline), *_seeds(judged)])
     leaky = sorted((item for item in gaps if is_visible_leak(item[0])), key=lambda item: -item[1].mean)
     if not leaky:
@@ -55,12 +96,14 @@ def find(variants: Sequence[Variant], baseline: Variant | None = None) -> Findin
         runs = "the run" if len(gaps) == 1 else f"none of the {len(gaps)} runs"
         verb = "does not classify" if len(gaps) == 1 else "classifies"
         headline = Markup(
-            "No leak is visible: {} with batch statistics {} RoIs better by more than {} under "
-            "per-image than under population statistics{}."
+            "No leak is visible: {} with batch statistics {} {} better by more than {} under "
+            "{} than under population statistics{}."
         ).format(
             runs,
             verb,
+            words.samples,
             _points(LEAK_THRESHOLD),
+            words.alone,
             Markup(" (largest: {}, {} points)").format(_name(variant), _gap(spread)),
         )
         return Finding(headline, [*_best(judged, None), *_against(judged, baseline), *_seeds(judged)])
@@ -115,13 +158,11 @@ def is_one_class(variants: Sequence[Variant]) -> bool:
 
 
 def _headline(variant: Variant, spread: Spread) -> Markup:
-    image, _, population, _ = roi_accuracy("val")
-    return Markup(
-        "{} leaks: it classifies {} of the foreground RoIs of validation images correctly while the RoIs of an "
-        "image are normalized together, and {} under population statistics: {} fewer{}."
-    ).format(
+    classifies = variant.runs[0].record.task == "classification"
+    structured, _, population, _ = accuracy() if classifies else roi_accuracy("val")
+    return Markup("{} leaks: it classifies {}, and {} under population statistics: {} fewer{}.").format(
         _name(variant),
-        _accuracy(image.of(variant)),
+        Markup(_words([variant]).what).format(_accuracy(structured.of(variant))),
         _accuracy(population.of(variant)),
         _points(spread.mean),
         _over_seeds(spread),
@@ -170,10 +211,11 @@ def _others(leaky: Sequence[tuple[Variant, Spread]], gaps: Sequence[tuple[Varian
 
 def _best(variants: Sequence[Variant], leaky: Variant | None) -> list[Markup]:
     """The best run under population statistics, and how far a leaky one is from it."""
-    measure = next((item for item in (ap("bbox")[2], roi_accuracy("val")[2]) if any(map(item.of, variants))), None)
+    columns = {ap("bbox")[2]: "box AP", roi_accuracy("val")[2]: "RoI accuracy", accuracy()[2]: "accuracy"}
+    measure = next((item for item in columns if any(map(item.of, variants))), None)
     if measure is None:
         return []
-    what = "box AP" if measure.key.startswith("bbox") else "RoI accuracy"
+    what = columns[measure]
     known = [(variant, spread) for variant in variants if (spread := measure.of(variant))]
     best, spread = max(known, key=lambda item: item[1].mean)
     if len(known) < 2:

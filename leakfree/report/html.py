@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from leakfree.report import finding, plots, svg, tables
-from leakfree.report.measures import LEAK_THRESHOLD, ap, format_value, roi_accuracy
+from leakfree.report.measures import LEAK_THRESHOLD, accuracy, ap, format_value, roi_accuracy
 from leakfree.report.runs import Run, Variant, flatten
 
 __all__ = ["render"]
@@ -35,6 +35,7 @@ _SHAPES = {
 }
 _MODES = {
     "image": "(a) per image",
+    "same_class": "(d) one class",
     "random": "(b) random groups",
     "precise": "(c) precise population",
     "population": "(c) stored in the model",
@@ -95,6 +96,7 @@ def _context(variants: Sequence[Variant], baseline: Variant | None) -> dict[str,
         "signature": plots.signature_panels(variants),
         "curves": plots.curve_panels(variants),
         "influence": plots.influence_panels(variants),
+        "of_images": variants[0].runs[0].record.task == "classification",
         "differences": tables.config_differences(variants, baseline or variants[0]),
         "environment": tables.environment_rows(runs),
         "footnotes": [(number, entry, _holders(variants, entry)) for number, entry in enumerate(notes, start=1)],
@@ -105,7 +107,9 @@ def _context(variants: Sequence[Variant], baseline: Variant | None) -> dict[str,
 def _run_row(index: int, variant: Variant, run: Run) -> dict[str, Any]:
     """A run in the list of runs: its own numbers, without averaging, and the command that repeats it."""
     single = Variant(variant.label, [run])
-    columns = [measure for measures in (ap("bbox"), roi_accuracy("val")) for measure in (measures[0], measures[2])]
+    detection = (ap("bbox"), roi_accuracy("val"))
+    shown = (accuracy(),) if run.record.task == "classification" else detection
+    columns = [measure for measures in shown for measure in (measures[0], measures[2])]
     spreads = [(measure, measure.of(single)) for measure in columns]
     given = Path(run.path)
     config = (given if given.is_dir() else given.parent) / "config.yaml"
@@ -167,6 +171,8 @@ def _subtitle(variants: Sequence[Variant]) -> list[str]:
         facts.append(
             f"digit scenes, class sharing {sharing:g}" if isinstance(sharing, (int, float)) else "digit scenes"
         )
+    elif flat.get("data.val.name") == "digits":
+        facts.append(f"digits, batches {str(flat.get('data.composition')).replace('_', ' ')}")
     elif flat.get("data.val.annotations"):
         facts.append(f"validated on {Path(str(flat['data.val.annotations'])).name}")
     steps = flat.get("schedule.max_steps")

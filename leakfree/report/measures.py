@@ -1,5 +1,8 @@
 """The numbers of a report: where each lies in a record, its unit, and which direction is better.
 
+What a structured batch is depends on the task: in detection the RoIs of one image (a), in classification images of one
+class (d). Both are compared with random groups (b) and with the population (c).
+
 A difference (a gap) is taken inside each run and only then averaged over seeds, so that its range is the
 range of the differences and not the difference of two ranges.
 """
@@ -13,8 +16,9 @@ from leakfree.records import RunRecord
 from leakfree.report.runs import Spread, Variant
 
 __all__ = [
-    "COST", "HEADLINE", "LEAK", "LEAK_THRESHOLD", "Group", "Measure", "ap", "format_range", "format_value", "gap",
-    "influence", "is_visible_leak", "pair_gap", "pairs", "roi_accuracy", "speaks_of_stored_statistics",
+    "COST", "HEADLINE", "LEAK", "LEAK_THRESHOLD", "Group", "Measure", "accuracy", "accuracy_gap", "ap", "format_range",
+    "format_value", "gap", "influence", "is_visible_leak", "leak_gap", "pair_gap", "pairs", "roi_accuracy",
+    "speaks_of_stored_statistics",
 ]  # fmt: skip
 
 # A gap of RoI accuracy above this counts as a visible leak. Over the clean heads and seeds of the regime this
@@ -71,17 +75,25 @@ def speaks_of_stored_statistics(get: Callable[[str], float | None]) -> bool:
     return get("precise") is None and get("population") is not None
 
 
-def _modes(key: str, get_of: Callable[[RunRecord, str], float | None]) -> tuple[Measure, ...]:
-    """The columns (a), (b), (c), and (c) under running averages, of one number.
+def _modes(
+    key: str,
+    get_of: Callable[[RunRecord, str], float | None],
+    structured: tuple[str, str] = ("image", "(a) per image"),
+) -> tuple[Measure, ...]:
+    """The columns (a) or (d), (b), (c), and (c) under running averages, of one number.
 
-    Only (c) has a best value: to be best under the statistics of one's own image is the symptom, not the aim.
+    Args:
+        structured: the statistics of structured batches, and the head of their column.
+
+    Only (c) has a best value: to be best under the statistics of one's own image or class is the symptom, not the aim.
     """
+    mode, head = structured
 
     def at(mode: str) -> Read:
         return lambda record: get_of(record, mode)
 
     return (
-        Measure(f"{key}.image", "(a) per image", at("image")),
+        Measure(f"{key}.{mode}", head, at(mode)),
         Measure(f"{key}.random", "(b) random groups", at("random")),
         Measure(
             f"{key}.precise",
@@ -105,21 +117,41 @@ def roi_accuracy(split: str) -> tuple[Measure, ...]:
     return _modes(group, lambda record, mode: _leakage(record, group, mode))
 
 
+def accuracy() -> tuple[Measure, ...]:
+    """Accuracy of a classifier on validation images under (d), (b), (c) and running averages."""
+    return _modes("accuracy", lambda record, mode: _result(record, mode, "accuracy"), ("same_class", "(d) one class"))
+
+
 def gap(other: str) -> Measure:
     """The composition gap: RoI accuracy on val under (a) minus (b) ("random") or minus (c) ("precise")."""
-    image, random, population, _ = roi_accuracy("val")
+    return _difference("gap", "a", roi_accuracy("val"), other)
+
+
+def accuracy_gap(other: str) -> Measure:
+    """The composition gap of a classifier: accuracy under (d) minus (b) ("random") or minus (c) ("precise")."""
+    return _difference("accuracy_gap", "d", accuracy(), other)
+
+
+def _difference(key: str, letter: str, columns: tuple[Measure, ...], other: str) -> Measure:
+    structured, random, population, _ = columns
     minus = {"random": random, "precise": population}[other]
 
     def stands_in(record: RunRecord) -> bool:
-        return image.read(record) is not None and population.stands_in is not None and population.stands_in(record)
+        known = structured.read(record) is not None
+        return known and population.stands_in is not None and population.stands_in(record)
 
     return Measure(
-        f"gap.{other}",
-        {"random": "(a) − (b)", "precise": "(a) − (c)"}[other],
-        lambda record: _minus(image.read(record), minus.read(record)),
+        f"{key}.{other}",
+        {"random": f"({letter}) − (b)", "precise": f"({letter}) − (c)"}[other],
+        lambda record: _minus(structured.read(record), minus.read(record)),
         style="points",
         stands_in=stands_in if other == "precise" else None,
     )
+
+
+def leak_gap(variant: Variant) -> Measure:
+    """The gap that a leak of this variant's task shows in: structured batches minus the population."""
+    return accuracy_gap("precise") if variant.runs[0].record.task == "classification" else gap("precise")
 
 
 def pairs(name: str) -> Measure:
@@ -137,8 +169,13 @@ def pair_gap() -> Measure:
 
 
 def influence(name: str, head: str) -> Measure:
-    """Share of input-gradient energy on other RoIs: "within_image", "between_images" or "total"."""
+    """Share of input-gradient energy on others: "within_image", "between_images" (RoIs), "within_class",
+    "between_classes" (images) or "total"."""
     return Measure(f"influence.{name}", head, lambda record: _leakage(record, "influence", name), style="share")
+
+
+def _total_over_rois(record: RunRecord) -> float | None:
+    return None if record.task == "classification" else _leakage(record, "influence", "total")
 
 
 def timing(name: str, head: str, style: str, better: str = "") -> Measure:
@@ -153,11 +190,15 @@ def _scaled(value: float | None, scale: float) -> float | None:
 _SECONDS = timing("seconds_per_step", "s per step", "seconds", "low")
 _MEMORY = timing("peak_memory_mib", "peak memory, MiB", "count", "low")
 
+_WITHIN, _BETWEEN = influence("within_class", "in a class"), influence("between_classes", "between classes")
 HEADLINE = (
     Group("Box AP", ap("bbox")),
     Group("Mask AP", ap("segm")),
     Group("RoI accuracy gap", (gap("random"), gap("precise"))),
+    Group("Accuracy", accuracy()),
+    Group("Accuracy gap", (accuracy_gap("random"), accuracy_gap("precise"))),
     Group("Influence", (influence("within_image", "in an image"), influence("between_images", "between images"))),
+    Group("Influence of images", (_WITHIN, _BETWEEN)),
     Group("Cost", (_SECONDS, _MEMORY)),
 )
 LEAK = (
@@ -169,9 +210,10 @@ LEAK = (
         (
             influence("within_image", "in an image"),
             influence("between_images", "between images"),
-            influence("total", "total"),
+            Measure("influence.total", "total", _total_over_rois, style="share"),
         ),
     ),
+    Group("Influence of other images", (_WITHIN, _BETWEEN)),
 )
 COST = (
     Group(
@@ -189,8 +231,8 @@ COST = (
 
 
 def is_visible_leak(variant: Variant) -> bool:
-    """Whether the gap (a) - (c) is above the threshold on average and positive for every seed."""
-    spread = gap("precise").of(variant)
+    """Whether the gap (a) - (c), or (d) - (c), is above the threshold on average and positive for every seed."""
+    spread = leak_gap(variant).of(variant)
     return spread is not None and spread.mean > LEAK_THRESHOLD and spread.low > 0
 
 

@@ -20,11 +20,12 @@ from matplotlib.ticker import MaxNLocator
 from leakfree.report.measures import (
     LEAK_THRESHOLD,
     Measure,
+    accuracy,
     ap,
     format_value,
-    gap,
     influence,
     is_visible_leak,
+    leak_gap,
     pairs,
     roi_accuracy,
 )
@@ -39,9 +40,11 @@ _CURVES = {
     "loss": "Loss",
     "loss_classifier": "Box classification loss",
     "roi_accuracy": "RoI accuracy",
+    "accuracy": "Accuracy",
     "loss_mask": "Mask loss",
     "loss_box_reg": "Box regression loss",
 }
+_SHARES = {"roi_accuracy": "% of RoIs, training", "accuracy": "% of images, training"}
 _MAX_CURVES = 3  # the first of these that the runs logged
 
 
@@ -56,8 +59,13 @@ class Panel:
 
 
 def signature_panels(variants: Sequence[Variant]) -> list[Panel]:
-    """RoI accuracy, box AP and mask AP under (a), (b) and (c): the signature of a leak."""
-    wanted = (("RoI accuracy", roi_accuracy("val")), ("Box AP", ap("bbox")), ("Mask AP", ap("segm")))
+    """Accuracy (of RoIs, of images), box AP and mask AP under (a) or (d), (b) and (c): the signature of a leak."""
+    wanted = (
+        ("RoI accuracy", roi_accuracy("val")),
+        ("Box AP", ap("bbox")),
+        ("Mask AP", ap("segm")),
+        ("Accuracy", accuracy()),
+    )
     panels = []
     for number, (title, measures) in enumerate(wanted):
         if any(measure.of(variant) for measure in measures[:3] for variant in variants):
@@ -78,13 +86,17 @@ def curve_panels(variants: Sequence[Variant]) -> list[Panel]:
 def influence_panels(variants: Sequence[Variant]) -> list[Panel]:
     """The composition gap, same-class against random pairs, and influence of other RoIs: a row per variant."""
     panels = []
-    if any(gap("precise").of(variant) for variant in variants):
-        panels.append(_gaps("gaps", gap("precise"), variants))
+    if any(leak_gap(variant).of(variant) for variant in variants):
+        panels.append(_gaps("gaps", leak_gap(variants[0]), variants))
     if any(pairs(name).of(variant) for name in ("same_class", "random_pair") for variant in variants):
         panels.append(_pairs("pairs", variants))
-    within, between = influence("within_image", ""), influence("between_images", "")
-    if any(measure.of(variant) for measure in (within, between) for variant in variants):
-        panels.append(_influence("influence", (within, between), variants))
+    for name, things, inside, outside in (
+        ("influence", "RoIs", "within_image", "between_images"),
+        ("influence_images", "images", "within_class", "between_classes"),
+    ):
+        measures = (influence(inside, ""), influence(outside, ""))
+        if any(measure.of(variant) for measure in measures for variant in variants):
+            panels.append(_influence(name, things, measures, variants))
     return panels
 
 
@@ -107,11 +119,13 @@ def _signature(name: str, title: str, measures: Sequence[Measure], variants: Seq
             words.append(f"{variant.label}: {values}")
         _mark_largest_drop(axes, measures, variants)
         axes.set_xlim(-0.35, 2.65)
-        axes.set_xticks(range(3), ["(a)\nper image", "(b)\nrandom groups", "(c)\npopulation"])
+        axes.set_xticks(range(3), [measure.head.replace(" ", "\n", 1) for measure in measures])
         axes.set_ylim(*_limits(drawn))
         axes.yaxis.set_major_locator(_round_ticks())
-        text = f"{title} under (a) per-image, (b) random-group, (c) population statistics. {_all(words)}"
-        note = "% of foreground RoIs, validation" if title == "RoI accuracy" else "× 100, validation"
+        structured = "(d) one-class" if title == "Accuracy" else "(a) per-image"
+        text = f"{title} under {structured}, (b) random-group, (c) population statistics. {_all(words)}"
+        notes = {"RoI accuracy": "% of foreground RoIs, validation", "Accuracy": "% of images, validation"}
+        note = notes.get(title, "× 100, validation")
         return Panel(title, note, to_svg(figure, name), text)
 
 
@@ -136,7 +150,7 @@ def _points_with_range(axes: Axes, points: Sequence[tuple[float, Spread]], index
 
 def _mark_largest_drop(axes: Axes, measures: Sequence[Measure], variants: Sequence[Variant]) -> None:
     """Write the largest visible leak's change from (a) to (c) beside its last point."""
-    leaky = [(spread.mean, item) for item in variants if is_visible_leak(item) and (spread := gap("precise").of(item))]
+    leaky = [(spread.mean, item) for item in variants if is_visible_leak(item) and (spread := leak_gap(item).of(item))]
     if not leaky:
         return
     _, variant = max(leaky, key=lambda item: item[0])
@@ -172,7 +186,7 @@ def _curve(variant: Variant, key: str) -> _Curve:
 def _curves(
     name: str, key: str, title: str, curves: Sequence[tuple[int, _Curve]], variants: Sequence[Variant]
 ) -> Panel:
-    scale = 100 if key == "roi_accuracy" else 1
+    scale = 100 if key in _SHARES else 1
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(2.4)
         words = []
@@ -193,7 +207,7 @@ def _curves(
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.set_xlim(left=0)
         size = max(curve.bin for _, curve in curves)
-        note = ("% of RoIs, training" if scale == 100 else "training") + (f", means of {size} rows" if size > 1 else "")
+        note = _SHARES.get(key, "training") + (f", means of {size} rows" if size > 1 else "")
         return Panel(title, note, to_svg(figure, name), f"{title} over training steps. {_all(words)}")
 
 
@@ -214,11 +228,14 @@ def _gaps(name: str, measure: Measure, variants: Sequence[Variant]) -> Panel:
             words.append(f"{variant.label}: {format_value(spread.mean, 'points')}")
         axes.set_xlim(*_limits(drawn))
         axes.xaxis.set_major_locator(_round_ticks())
+        of_images = measure.key.startswith("accuracy_gap")
+        title, letter = ("Accuracy gap", "(d) one class") if of_images else ("RoI accuracy gap", "(a) per image")
+        kinds = f"between {'one-class' if of_images else 'per-image'} and population statistics"
         return Panel(
-            "RoI accuracy gap",
-            "(a) per image minus (c) population, points; dashed: threshold of a visible leak",
+            title,
+            f"{letter} minus (c) population, points; dashed: threshold of a visible leak",
             to_svg(figure, name),
-            f"RoI accuracy gap between per-image and population statistics. {_all(words)}",
+            f"{title} {kinds}. {_all(words)}",
         )
 
 
@@ -239,7 +256,7 @@ def _point_on_row(axes: Axes, spread: Spread, index: int, face: str) -> None:
     )
 
 
-def _influence(name: str, measures: Sequence[Measure], variants: Sequence[Variant]) -> Panel:
+def _influence(name: str, things: str, measures: Sequence[Measure], variants: Sequence[Variant]) -> Panel:
     with matplotlib.rc_context(STYLE):
         figure, axes = _rows(variants)
         words, ends = [], []
@@ -257,13 +274,14 @@ def _influence(name: str, measures: Sequence[Measure], variants: Sequence[Varian
             label = " + ".join("n.a." if spread is None else format_value(spread.mean, "share") for spread in spreads)
             axes.text(left, index, f"  {label}", color=MUTED, va="center", fontsize=8)
             words.append(f"{variant.label}: {label}")
+        whole, others = ("image", "images") if things == "RoIs" else ("class", "classes")
         # room for the label behind the longest bar
         axes.set_xlim(0, max([*ends, 0.02]) * 1.75)
         return Panel(
-            "Influence of other RoIs",
-            "share of input-gradient energy; full colour: RoIs of the same image, pale: of other images",
+            f"Influence of other {things}",
+            f"share of input-gradient energy; full colour: {things} of the same {whole}, pale: of other {others}",
             to_svg(figure, name),
-            f"Influence of other RoIs, within the image + between images. {_all(words)}",
+            f"Influence of other {things}, within the {whole} + between {others}. {_all(words)}",
         )
 
 

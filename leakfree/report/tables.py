@@ -18,8 +18,8 @@ from leakfree.report.measures import (
     Measure,
     format_range,
     format_value,
-    gap,
     is_visible_leak,
+    leak_gap,
 )
 from leakfree.report.runs import NOT_A_DIFFERENCE, Run, Variant, flatten
 
@@ -120,7 +120,7 @@ def cost_table(variants: Sequence[Variant]) -> Table:
 def metric_table(variants: Sequence[Variant]) -> list[tuple[Variant, int, list[tuple[str, list[Cell]]]]]:
     """Every recorded result: per variant (with its index) and kind of statistics, one cell per metric."""
     metrics, notes = recorded_metrics(variants), footnotes(variants)
-    order = ["image", "random", "precise", "population"]
+    order = ["image", "same_class", "random", "precise", "population"]
     table = []
     for index, variant in enumerate(variants):
         modes = dict.fromkeys(mode for run in variant.runs for mode in run.record.results)
@@ -153,7 +153,7 @@ def _reader(mode: str, metric: str) -> Any:
 
 
 def _metric_style(metric: str) -> str:
-    return "percent" if metric.startswith(("bbox/AP", "segm/AP", "bbox/AR", "segm/AR")) else "share"
+    return "percent" if metric.startswith(("bbox/AP", "segm/AP", "bbox/AR", "segm/AR", "accuracy")) else "share"
 
 
 def footnotes(variants: Sequence[Variant]) -> list[list[str]]:
@@ -217,8 +217,13 @@ def environment_rows(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, lis
 
 
 def describe(variant: Variant) -> str:
-    """What normalizes the box head, in a few words, from the config; empty for other tasks."""
+    """What normalizes the box head, or the classifier, in a few words, from the config; empty for other tasks."""
     flat = flatten(variant.config)
+    if "model.norm" in flat:
+        words = [str(flat["model.norm"]).replace("none", "no norm")]
+        if flat.get("data.composition") == "same_class":
+            words.append(f"groups of {flat.get('data.group_size')} images of one class")
+        return ", ".join([*words, *_frozen(flat)])
     if "model.box_head.norm" not in flat:
         return ""
     norm = str(flat["model.box_head.norm"])
@@ -229,10 +234,12 @@ def describe(variant: Variant) -> str:
         words.append(f"RoI {shuffle} shuffled over random groups")
     elif norm in _GROUPED_BY_IMAGE and isinstance(images, int) and images > 0:
         words.append(f"{images} image{'s' * (images > 1)} per group")
+    return ", ".join([*words, *_frozen(flat)])
+
+
+def _frozen(flat: dict[str, Any]) -> list[str]:
     freeze = flat.get("schedule.freeze_bn_at")
-    if isinstance(freeze, (int, float)) and freeze < 1:
-        words.append(f"frozen at {100 * freeze:.0f} %")
-    return ", ".join(words)
+    return [f"frozen at {100 * freeze:.0f} %"] if isinstance(freeze, (int, float)) and freeze < 1 else []
 
 
 def shown(value: Any) -> str:
@@ -295,7 +302,7 @@ def _cell(
         partial=f"{spread.count} of {len(variant.runs)} runs" if spread.count < len(variant.runs) else "",
         delta=_delta(measure, spread.mean, variant, baseline),
         is_best=any(variant is item for item in best),
-        is_leak=measure.key == gap("precise").key and is_visible_leak(variant),
+        is_leak=measure.key == leak_gap(variant).key and is_visible_leak(variant),
         stands_in=measure.stands_in is not None and any(measure.stands_in(run.record) for run in variant.runs),
     )
 

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from leakfree.distributed import all_gather_ints, all_gather_objects, is_distributed
+from leakfree.state import buffers_kept
 
-__all__ = ["differing_buffers", "load_buffers", "pool_statistics", "pooled_statistics"]
+__all__ = ["differing_buffers", "pool_statistics", "pooled_statistics"]
 
 
 @torch.no_grad()
@@ -58,12 +59,9 @@ def pool_statistics(model: nn.Module) -> None:
 @contextmanager
 def pooled_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, batch norms hold the pooled statistics; afterwards each rank has its own again."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
+    with buffers_kept(model):
         pool_statistics(model)
         yield
-    finally:
-        load_buffers(model, before)
 
 
 def differing_buffers(model: nn.Module) -> list[dict[str, Tensor]]:
@@ -73,11 +71,3 @@ def differing_buffers(model: nn.Module) -> list[dict[str, Tensor]]:
     everyone = all_gather_ints(sums) if sums else [[]]
     differ = [name for name, *values in zip(buffers, *everyone, strict=True) if len(set(values)) > 1]
     return all_gather_objects({name: buffers[name].clone() for name in differ})
-
-
-@torch.no_grad()
-def load_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copy ``values`` into the buffers of these names, in place."""
-    buffers = dict(model.named_buffers())
-    for name, value in values.items():
-        buffers[name].copy_(value)

@@ -17,12 +17,12 @@ from leakfree.detection import (
     estimate_statistics,
     evaluate_detector,
     evaluation_batches,
-    load_weights,
     training_batches,
     training_targets,
 )
 from leakfree.distributed import barrier, get_world_size
 from leakfree.errors import ConfigError, DataError
+from leakfree.state import load_weights
 from leakfree.training.tasks import Evaluation, Track
 
 __all__ = ["DetectionTask"]

@@ -16,9 +16,10 @@ from leakfree.config import config_to_dict
 from leakfree.config.schema import OptimizerConfig, RunConfig
 from leakfree.distributed import get_rank, get_world_size
 from leakfree.errors import CheckpointError, ConfigError, RunError
-from leakfree.norms import NORMS
+from leakfree.norms import NORMS, ProxyNorm
 from leakfree.schedules import FreezeBN, freeze_step, lr_factor
-from leakfree.training.buffers import differing_buffers, load_buffers, pool_statistics, pooled_statistics
+from leakfree.state import load_buffers
+from leakfree.training.buffers import differing_buffers, pool_statistics, pooled_statistics
 from leakfree.training.tasks import Task
 
 __all__ = ["TrainingModule", "build_optimizer", "freeze_as_trained", "seed_step"]
@@ -155,23 +156,31 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """SGD or AdamW over the trainable parameters; those of norm layers have a weight decay of their own.
 
+    A norm that has ``proxy_parameters`` gives the decay of the weights to these and none to its others (Labatie et
+    al. 2021).
+
     Raises:
         ConfigError: everything is frozen.
     """
     norms = (*_NORM_LAYERS, *(norm for _, norm in NORMS if inspect.isclass(norm)))
-    of_norms = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, norms)
-        for parameter in module.parameters(recurse=False)
-    }
+    decay: dict[int, float] = {}
+    for module in model.modules():
+        if not isinstance(module, norms):
+            continue
+        proxies = {id(item) for item in module.proxy_parameters()} if isinstance(module, ProxyNorm) else None
+        for item in module.parameters(recurse=False):
+            if proxies is None:
+                decay[id(item)] = config.weight_decay_norm
+            else:
+                decay[id(item)] = config.weight_decay if id(item) in proxies else 0.0
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError("model.freeze: every weight is frozen, there is nothing to train")
-    groups = [
-        {"params": [item for item in trainable if id(item) not in of_norms], "weight_decay": config.weight_decay},
-        {"params": [item for item in trainable if id(item) in of_norms], "weight_decay": config.weight_decay_norm},
+    parts = [  # as many as there were before ProxyNorm, where it is not used: optimizers' states are by group
+        (config.weight_decay, [item for item in trainable if id(item) not in decay]),
+        *((of, [item for item in trainable if decay.get(id(item)) == of]) for of in dict.fromkeys(decay.values())),
     ]
+    groups = [{"params": members, "weight_decay": of} for of, members in parts]
     groups = [group for group in groups if group["params"]]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)

@@ -18,13 +18,16 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.strategies import DDPStrategy
 
 from leakfree.config import config_to_dict, save_config
-from leakfree.config.schema import RunConfig
+from leakfree.config.schema import RunConfig, ScheduleConfig
 from leakfree.distributed import all_gather_objects, barrier, get_rank
-from leakfree.errors import LeakfreeError, RunError
+from leakfree.errors import ConfigError, LeakfreeError, RunError
+from leakfree.norms import BatchRenorm, CrossIterationBatchNorm, MemorizedBatchNorm
 from leakfree.records import RunRecord, read_record, write_record
+from leakfree.schedules import BurnInSchedule, RenormSchedule
 from leakfree.training.buffers import pool_statistics
-from leakfree.training.callbacks import AtomicCheckpoints, Moments
+from leakfree.training.callbacks import AtomicCheckpoints, DoubleForwardCallback, Moments, ScheduleCallback
 from leakfree.training.checkpoints import disk_is_full, read_checkpoint
+from leakfree.training.classification import ClassificationTask
 from leakfree.training.detection import DetectionTask
 from leakfree.training.folder import Start
 from leakfree.training.journal import Journal, peak_memory_mib, timing_of
@@ -35,7 +38,10 @@ from leakfree.training.tasks import Task
 
 __all__ = ["evaluate_on_rank", "train_on_rank"]
 
-_TASKS: dict[str, Callable[..., Task]] = {"detection": DetectionTask}  # by ``config.task``
+_TASKS: dict[str, Callable[..., Task]] = {
+    "classification": ClassificationTask,
+    "detection": DetectionTask,
+}  # by ``config.task``
 
 
 def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
@@ -216,7 +222,8 @@ def _fit(config: RunConfig, plan: RankPlan, start: Start, session: _Session, mod
     moments = Moments(
         session.folder, config.trainer, journal, bar, saved=lambda step: session.note_steps(step, module.seconds)
     )
-    trainer = _trainer(config, plan, moments)
+    # before the moments: what a checkpoint holds must be complete
+    trainer = _trainer(config, plan, [*_norm_callbacks(module.task, config.schedule), moments])
     batches = _Steps(module.task, start.step, config.schedule.max_steps)
     try:
         with _interrupt_raised():
@@ -224,6 +231,21 @@ def _fit(config: RunConfig, plan: RankPlan, start: Start, session: _Session, mod
     finally:
         journal.close()
     assert trainer.global_step == config.schedule.max_steps, "the training ended early"
+
+
+def _norm_callbacks(task: Task, schedule: ScheduleConfig) -> list[L.Callback]:
+    """What the norms of the model want done around a step."""
+    layers = list(task.model.modules())
+    callbacks: list[L.Callback] = []
+    if schedule.scale_ramps and any(isinstance(layer, BatchRenorm) for layer in layers):
+        callbacks.append(ScheduleCallback(RenormSchedule()))
+    if schedule.scale_ramps and any(isinstance(layer, CrossIterationBatchNorm) for layer in layers):
+        callbacks.append(ScheduleCallback(BurnInSchedule(schedule.burn_in)))
+    if schedule.double_forward:
+        if not any(isinstance(layer, MemorizedBatchNorm) for layer in layers):
+            raise ConfigError("schedule.double_forward: the model has no MBN, whose memory it keeps fresh; use false")
+        callbacks.append(DoubleForwardCallback(forward=lambda _, batch: task.losses(batch)))
+    return callbacks
 
 
 @contextmanager
@@ -242,7 +264,7 @@ def _interrupt_raised() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _trainer(config: RunConfig, plan: RankPlan, moments: Moments) -> L.Trainer:
+def _trainer(config: RunConfig, plan: RankPlan, callbacks: list[L.Callback]) -> L.Trainer:
     several = plan.world_size > 1
     strategy: Any = "auto"
     if several:
@@ -261,7 +283,7 @@ def _trainer(config: RunConfig, plan: RankPlan, moments: Moments) -> L.Trainer:
         max_steps=config.schedule.max_steps,
         max_epochs=-1,  # one epoch is the whole run
         gradient_clip_val=config.optimizer.clip_gradients or None,
-        callbacks=[moments],
+        callbacks=callbacks,
         limit_val_batches=0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,

@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 
 from leakfree.config.schema import DigitScenesConfig
 from leakfree.data import IMAGE_MEAN, IMAGE_STD, CocoInstances, digit_scenes_path, write_digit_scenes
-from leakfree.data.digit_scenes import PIXEL_HIGH, PIXEL_LOW, _bilinear, _pools, compose_scene
+from leakfree.data.digit_scenes import PIXEL_HIGH, PIXEL_LOW, compose_scene
+from leakfree.data.digits import digits_by_class, resize_bilinear
 from leakfree.errors import ConfigError, DataError
 
 SMALL = DigitScenesConfig(num_images=6)
@@ -43,7 +44,7 @@ def test_a_scene_does_not_depend_on_how_many_there_are(tmp_path):
 
 
 def test_no_digit_is_in_both_splits(tmp_path):
-    pools = {split: np.concatenate(_pools(split)) for split in ("train", "val")}
+    pools = {split: np.concatenate(digits_by_class(split)) for split in ("train", "val")}
     assert (len(pools["train"]), len(pools["val"])) == (1200, 597)
     assert sorted([*pools["train"], *pools["val"]]) == list(range(1797))
     for split in ("train", "val"):  # and what is written keeps to them, for any seed
@@ -98,7 +99,7 @@ def test_upsampling_is_torchs_bilinear():
     image = np.random.default_rng(0).normal(size=(8, 8))
     for size in (8, 20, 21, 28, 96):
         expected = torch.nn.functional.interpolate(torch.tensor(image)[None, None], size=(size, size), mode="bilinear")
-        np.testing.assert_allclose(_bilinear(image, size), expected[0, 0].numpy(), atol=1e-12)
+        np.testing.assert_allclose(resize_bilinear(image, size), expected[0, 0].numpy(), atol=1e-12)
 
 
 def test_texture_has_the_recipes_strength_and_is_hardly_clipped():

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from leakfree.config.schema import DataConfig, DatasetConfig, DigitScenesConfig
+from leakfree.config.schema import DatasetConfig, DetectionDataConfig, DigitScenesConfig
 from leakfree.data import CocoInstances, build_dataset, build_eval_loader, build_train_loader
 from leakfree.errors import DataError
 
@@ -12,7 +12,7 @@ from leakfree.errors import DataError
 def config(write_coco):
     images, annotations = write_coco()
     part = DatasetConfig("coco", str(images), str(annotations))
-    return DataConfig(train=part, val=part, min_size=[30, 36], max_size=80, num_workers=0)
+    return DetectionDataConfig(train=part, val=part, min_size=[30, 36], max_size=80, num_workers=0)
 
 
 def flat(batches):
@@ -141,7 +141,7 @@ def test_large_batches_from_processes_need_few_open_files(config):
 
 def test_digit_scenes_are_written_once_under_the_root(tmp_path):
     part = DatasetConfig("digit_scenes", digits=DigitScenesConfig(num_images=4))
-    config = DataConfig(root=str(tmp_path / "data"), train=part, val=part)
+    config = DetectionDataConfig(root=str(tmp_path / "data"), train=part, val=part)
     train, val = build_dataset(config, "train"), build_dataset(config, "val")
     assert isinstance(train, CocoInstances)
     assert (len(train), train.num_classes, len(val)) == (4, 10, 4)

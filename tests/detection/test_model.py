@@ -10,13 +10,13 @@ from leakfree.detection import (
     build_detector,
     describe_batch,
     has_batch_statistics,
-    load_weights,
     statistics_mode,
     training_targets,
 )
 from leakfree.errors import CheckpointError, ConfigError
 from leakfree.norms import PartitionedBatchNorm, ShuffleBatchNorm
 from leakfree.shuffle import Shuffled
+from leakfree.state import load_weights
 from tests.ranks import run_ranks
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from leakfree.norms import build_norm, domain
-from leakfree.training.buffers import differing_buffers, load_buffers, pool_statistics, pooled_statistics
+from leakfree.state import load_buffers
+from leakfree.training.buffers import differing_buffers, pool_statistics, pooled_statistics
 from tests.ranks import run_ranks
 
 

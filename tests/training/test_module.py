@@ -60,3 +60,20 @@ def test_weights_without_a_history_freeze_nothing():
     assert not model[0].frozen
     freeze_as_trained(model, {"leakfree": {"freeze_bn": {"frozen_at": 3, "layers": ["0"]}}})
     assert model[0].frozen
+
+
+def test_only_the_proxy_of_a_proxy_norm_decays():
+    """Labatie et al. 2021: weight decay for the proxy's shift and scale, none for the norm's weight and bias."""
+    proxy = build_norm("ProxyNorm", 4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), proxy, nn.Conv2d(4, 4, 3), build_norm("BN", 4))
+    config = OptimizerConfig(weight_decay=0.3, weight_decay_norm=0.2)
+    decay = {
+        id(item): group["weight_decay"]
+        for group in build_optimizer(model, config).param_groups
+        for item in group["params"]
+    }
+    assert len(decay) == len(list(model.parameters()))
+    assert {decay[id(item)] for item in proxy.proxy_parameters()} == {0.3}
+    assert {decay[id(item)] for item in (proxy.weight, proxy.bias)} == {0.0}
+    assert {decay[id(item)] for item in model[3].parameters()} == {0.2}
+    assert {decay[id(item)] for index in (0, 2) for item in model[index].parameters()} == {0.3}

@@ -20,49 +20,12 @@ from leakfree.training import evaluate, train, work
 from leakfree.training.detection import DetectionTask
 from leakfree.training.module import seed_step
 from tests.ranks import run_ranks
-
-
-def weights_of(folder, name="model_final.pt"):
-    return torch.load(folder / name, weights_only=True)["state_dict"]
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def stop_at(folder, step):
-    """Leave of a finished run what a kill right after the checkpoint of ``step`` leaves."""
-    for path in folder.glob("*.pt"):
-        if path.name == "model_final.pt" or int(path.stem[-7:]) > step:
-            path.unlink()
-    record = json.loads((folder / "record.json").read_text())
-    (folder / "record.json").write_text(json.dumps({**record, "status": "running"}))
-
-
-def _as_ranks(rank, world_size, work, config_file, overrides, resume):
-    """One rank of a launcher such as torchrun."""
-    names = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "LOCAL_WORLD_SIZE": world_size,
-        "GROUP_RANK": 0,
-    }
-    os.environ.update({name: str(value) for name, value in names.items()})
-    try:
-        config = load_config(config_file, overrides)
-        record = train(config, resume=resume) if work == "train" else evaluate(config)
-        return record.status, record.results
-    except (RunError, CheckpointError) as error:
-        return str(error)
-    finally:
-        for name in names:
-            del os.environ[name]
+from tests.runs import launched, same, stop_at, weights_of
 
 
 def train_on_two(config_file, folder, *overrides, resume=False):
     overrides = [f"output_dir={folder}", "trainer.num_processes=2", *overrides]
-    return run_ranks(_as_ranks, 2, "train", config_file, overrides, resume, timeout=120)
+    return run_ranks(launched, 2, "train", config_file, overrides, resume, timeout=120)
 
 
 def test_the_process_that_only_watches_over_ranks_loads_no_torch():
@@ -353,7 +316,7 @@ def _statistics_seen(rank, world_size, config_file, overrides):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(work._TASKS, "detection", Looking)
-        _as_ranks(rank, world_size, "train", config_file, overrides, False)
+        launched(rank, world_size, "train", config_file, overrides, False)
     return seen
 
 
@@ -477,7 +440,7 @@ def test_evaluation_over_two_ranks_equals_one_process(finished, config_file, tmp
         f"model.weights={finished[0] / 'model_final.pt'}",
         "trainer.num_processes=2",
     ]
-    (status, results), other = run_ranks(_as_ranks, 2, "evaluate", config_file, overrides, False, timeout=120)
+    (status, results), other = run_ranks(launched, 2, "evaluate", config_file, overrides, False, timeout=120)
     assert status == "finished"
     assert results == other[1]
     assert results["population"] == read_record(finished[0]).results["population"]
