@@ -123,6 +123,11 @@ def _submodule(model: nn.Module, path: str, key: str) -> nn.Module:
         raise ConfigError(f"{key}: the model has no part {path!r}; choose from {choices(path, valid)}") from None
 
 
+def _is_book(name: str) -> bool:
+    """Whether a tensor is what some norm keeps for its training only: a counter, MBN's memory, CBN's window."""
+    return name.rpartition(".")[2].startswith(("num_batches_tracked", "memory_", "window_"))
+
+
 def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None:
     """Load a checkpoint's weights into ``model``: all of them, or only the submodules ``parts``.
 
@@ -160,6 +165,7 @@ def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None
     # What a norm keeps beside its statistics (counters, a memory) is not in the checkpoints of other norms.
     own_books = {name for name, _ in model.named_buffers() if not name.endswith((".running_mean", ".running_var"))}
     missing = [name for name in expected if name not in state and name not in own_books]
+    state = {name: value for name, value in state.items() if name in expected or not _is_book(name)}
     extra = [name for name in state if name not in expected]
     shapes = [
         f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"

@@ -109,3 +109,17 @@ def test_weights_of_one_norm_load_into_another_which_keeps_its_own_books(tmp_pat
         torch.save(state, tmp_path / "b")
         with pytest.raises(CheckpointError, match=f"it lacks {lacking} \\(1\\)"):
             load_weights(target, str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(("name", "options"), [("MBN", {}), ("CBN", {"rho": 0.0, "burn_in": 0}), ("FrozenBN", {})])
+def test_what_a_norm_remembers_for_its_training_is_no_hindrance_to_another(name, options, tmp_path):
+    source, target = make_model(name, **options), make_model("BN")
+    for _ in range(3):
+        source(torch.randn(8, 3, 2, 2)).sum().backward()
+    torch.save(source.state_dict(), tmp_path / "a")
+    load_weights(target, str(tmp_path / "a"))
+    assert torch.equal(target[1].running_var, source[1].running_var)
+    gated = make_model("IEBN")  # learned, not remembered: this is another model
+    torch.save(gated.state_dict(), tmp_path / "b")
+    with pytest.raises(CheckpointError, match=r"has left over 1\.gate_weight, 1\.gate_bias \(2\)"):
+        load_weights(target, str(tmp_path / "b"))

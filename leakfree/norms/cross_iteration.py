@@ -58,9 +58,9 @@ class CrossIterationBatchNorm(BatchNorm):
 
     The norm must know the convolution: call :meth:`attach`, or :func:`attach_convolutions` on the model, after
     building or converting it. Only ``rho=0``, the window without compensation, goes without.
-    The first ``burn_in`` training forwards are those of BN. After them every training forward is an iteration:
-    with accumulated gradients each part of the batch is one. The buffers receive the moments of the current batch
-    alone, and eval is that of BN.
+    The first ``burn_in`` training forwards are those of BN, and leave the window empty. After them every training
+    forward is an iteration: with accumulated gradients each part of the batch is one. The buffers receive the moments
+    of the current batch alone, and eval is that of BN.
 
     The window is in the state dict, so a resumed run continues with it. A checkpoint without one (of BN) empties it;
     when weights are changed by other means than steps of training, call :meth:`reset_window`. It is each
@@ -335,6 +335,8 @@ class CrossIterationBatchNorm(BatchNorm):
             y = self._averaged(batch, past)
         else:
             y = super()._normalize(x, partition, tracked)
+            if self._pushed.read(self.window_forwards):
+                self.reset_window()  # what is in it will be too old when the burn-in ends
         self._done.know(self.num_batches_tracked, done + 1)
         graph = _Graph()
         if y.requires_grad:

@@ -270,7 +270,6 @@ def test_a_proxy_norm_takes_the_fused_activation_as_its_own():
         convert_norms(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), "ProxyNorm")
 
 
-
 def test_activations_have_the_names_that_norms_know():
     assert ACTIVATION_MODULES.keys() == ACTIVATIONS.keys()
     x = torch.linspace(-7, 7, 50)
