@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from leakfree.norms.traced import traced_call
 
 __all__ = ["FrozenBatchNorm"]
 
@@ -61,6 +63,8 @@ class FrozenBatchNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, affine={self.affine}, affine_trainable={self.affine_trainable}"
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return traced_call(self, input)
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32  # of the map; the result is rounded
         shape = (1, -1) + (1,) * (input.ndim - 2)
         scale = torch.rsqrt(self.running_var.to(dtype) + self.eps)

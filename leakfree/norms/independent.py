@@ -8,9 +8,10 @@ one position (PN, and LN with ``per_position``).
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from leakfree.errors import ConfigError, LeakfreeError
+from leakfree.norms.traced import traced_call
 
 __all__ = ["GroupNorm", "InstanceNorm", "LayerNorm", "PositionalNorm", "check_groups", "check_input"]
 
@@ -56,6 +57,8 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(num_groups, num_features, eps, affine)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return traced_call(self, input)
         self._check(input, "GN", "use fewer groups")
         return super().forward(input)
 
@@ -97,6 +100,8 @@ class LayerNorm(GroupNorm):
         return f"{self.num_channels}, per_position={self.per_position}, eps={self.eps}, affine={self.affine}"
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return traced_call(self, input)
         name = "PN" if isinstance(self, PositionalNorm) else "LN"
         if not self.per_position:
             self._check(input, name, "give it more channels")
@@ -142,5 +147,7 @@ class InstanceNorm(GroupNorm):
         return f"{self.num_channels}, eps={self.eps}, affine={self.affine}"
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return traced_call(self, input)
         self._check(input, "IN", "IN needs several positions: use LN or GN")
         return nn.GroupNorm.forward(self, input)

@@ -16,6 +16,7 @@ from leakfree.norms.fused import activation_name
 from leakfree.norms.handover import carry_over, kept_and_lost, place
 from leakfree.norms.proxy import ProxyNorm
 from leakfree.norms.registry import build_norm
+from leakfree.norms.traced import traced_call
 
 __all__ = ["ProxiedActivation", "replace_norm_activation_pairs"]
 
@@ -31,6 +32,8 @@ class ProxiedActivation(nn.Module):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return traced_call(self, input)
         if getattr(input, "_is_activated", False):
             input._is_activated = False  # type: ignore[attr-defined]  # for this activation only
             return input

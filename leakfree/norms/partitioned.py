@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from leakfree.distributed import Group
 from leakfree.errors import LeakfreeError
 from leakfree.norms.statistics import partitioned_batch_norm
+from leakfree.norms.traced import traced_call
 from leakfree.partition import Partition, current_scope
 from leakfree.recomputation import Replay, recomputing
 from leakfree.shuffle.exchange import draw_groups
@@ -115,6 +116,8 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
             )
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return traced_call(self, input)
         if torch.compiler.is_compiling() and self.training and not self._is_plain:
             return self._forward_eagerly(input)  # a compiler would not see that a forward is recomputed
         return self._forward(input)

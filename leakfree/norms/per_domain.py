@@ -13,13 +13,14 @@ from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from leakfree.distributed import Group
 from leakfree.errors import LeakfreeError, choices
 from leakfree.norms.domains import NO_ROWS, Given, Key, Levels, Rows, current_domain, domain, given_domain
 from leakfree.norms.partitioned import BatchNorm, PartitionedBatchNorm, State
 from leakfree.norms.statistics import partitioned_batch_norm
+from leakfree.norms.traced import traced_call
 from leakfree.partition import Partition
 from leakfree.recomputation import Replay, recomputing
 
@@ -228,6 +229,8 @@ class DomainBatchNorm(PartitionedBatchNorm):
     def forward(self, input: Mapping[Key, Tensor]) -> dict[Key, Tensor]: ...
     @torch.compiler.disable  # a compiler would take the domain of one call for a constant
     def forward(self, input: Tensor | Mapping[Key, Tensor]) -> Tensor | dict[Key, Tensor]:
+        if isinstance(input, fx.Proxy):
+            return traced_call(self, input)
         if not isinstance(input, Mapping):
             return super().forward(input)
         indices, levels = self._indices(input), list(input.values())

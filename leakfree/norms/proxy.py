@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from leakfree.errors import ConfigError, choices
 from leakfree.norms.blocked import Rows, affine, deviation_sums, product_sums, row_sums
 from leakfree.norms.independent import check_groups, check_input
+from leakfree.norms.traced import traced_call
 
 __all__ = ["ACTIVATIONS", "ProxyNorm"]
 
@@ -196,6 +197,8 @@ class ProxyNorm(nn.Module):
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return traced_call(self, input)
         values = self.num_features // self.num_groups * input.shape[2:].numel()
         check_input("ProxyNorm", input, self.num_features, values, "use LN, or fewer groups")
         if torch.compiler.is_compiling() or torch.jit.is_tracing():

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from leakfree.errors import ConfigError
 from leakfree.norms import NORMS, build_norm
@@ -46,3 +46,13 @@ def test_importing_the_norms_loads_nothing_heavier_than_torch():
     code = f"import sys, leakfree.norms; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_symbolic_trace_takes_every_norm_as_one_call(name):
+    """Else `torchvision.models.feature_extraction.create_feature_extractor` fails on a converted model."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), build_norm(name, 6, **OPTIONS.get(name, {})), nn.ReLU()).eval()
+    traced = fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    x = torch.randn(4, 3, 5, 5)
+    assert torch.equal(traced(x), model(x))
