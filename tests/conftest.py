@@ -7,6 +7,7 @@ Hypothesis draws the same examples at each run, so that a failure in CI is one t
 """
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -16,6 +17,11 @@ settings.load_profile("leakfree")
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported, also by child processes
     os.environ.setdefault(name, "1")
+
+
+# A shell's background job ignores Ctrl-C, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

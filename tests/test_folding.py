@@ -397,6 +397,16 @@ def test_a_model_that_cannot_be_traced_is_folded_in_its_parts():
     assert not report.left
 
 
+def test_an_error_without_words_stops_only_the_trace():
+    def forward(self, x):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError
+        return self.block(x)
+
+    _, report = check(trained(Forward(forward, block=nn.Sequential(conv(), norm()))), X, num_folded=1)
+    assert report.untraced == {"": "TypeError: "}
+
+
 def test_default_arguments_lead_the_trace():
     class Optional(Forward):
         def forward(self, x, residual=None):

@@ -6,13 +6,12 @@ be traced is left to its children, each by itself; what passes between these is 
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Iterator
 
 from torch import fx, nn
 
 from leakfree.folding.arithmetic import is_layer, is_norm
+from leakfree.norms.calls import called_modules, name_of, only_argument, trace_parts
 
 __all__ = ["Calls"]
 
@@ -29,17 +28,14 @@ class Calls:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.untraced: dict[str, str] = {}
         self._nodes: dict[nn.Module, list[fx.Node]] = {}
         self._called: dict[fx.Node, nn.Module] = {}
         self._used_otherwise: set[nn.Module] = set()
         self._pass_on: set[nn.Module] = set()
-        self._seen: set[nn.Module] = set()
-        # A forward may store what it computes: a copy, of the same tensors, keeps the proxies out of the model.
-        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        traced = copy.deepcopy(model, tensors)
-        self._original = dict(zip(traced.modules(), model.modules(), strict=True))
-        self._trace("", traced)
+        # First see through modules without norms, whose layers may be followed by one; these need not be traceable.
+        graphs, self.untraced = trace_parts(model, is_norm, (_is_leaf, _is_leaf_or_without_norm), constants=True)
+        for part, graph in graphs:
+            self._read(part, graph)
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._nodes
@@ -61,9 +57,9 @@ class Calls:
         return list(dict.fromkeys(found for node in self._nodes[module] for found in self._consumers(node)))
 
     def _feeder(self, node: fx.Node) -> nn.Module | str:
-        if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        before = only_argument(node)
+        if before is None:
             return "a call with several arguments"
-        before = node.args[0]
         module = self._called.get(before)
         if module is None:
             return _name(before)
@@ -77,34 +73,14 @@ class Calls:
             elif not _asks_for_metadata(user):
                 yield module if module is not None else _name(user)
 
-    def _trace(self, path: str, module: nn.Module) -> None:
-        if module in self._seen or is_norm(module) or not any(map(is_norm, module.modules())):
-            return
-        self._seen.add(module)
-        if type(module).forward is not nn.Module.forward:
-            # First see through modules without norms, whose layers may be followed by one; these need not be traceable.
-            for through in (True, False):
-                try:
-                    self._read(module, _Tracer(through).trace(module, _defaults(module)))
-                except Exception as error:  # whatever a forward raises when it is given proxies
-                    self.untraced[path] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200]
-                else:
-                    self.untraced.pop(path, None)
-                    return
-        for name, child in module.named_children():
-            self._trace(f"{path}.{name}" if path else name, child)
-
-    def _read(self, root: nn.Module, graph: fx.Graph) -> None:
+    def _read(self, part: nn.Module, graph: fx.Graph) -> None:
         for node in graph.nodes:
             if node.op == "get_attr":
-                self._used_otherwise.add(self._original[root.get_submodule(str(node.target).rpartition(".")[0])])
-            if node.op != "call_module":
-                continue
-            called = root.get_submodule(str(node.target))
-            module = self._original[called]
+                self._used_otherwise.add(part.get_submodule(str(node.target).rpartition(".")[0]))
+        for node, module in called_modules(part, graph).items():
             self._called[node] = module
             self._nodes.setdefault(module, []).append(node)
-            self._used_otherwise.update(self._original[inner] for inner in called.modules() if inner is not called)
+            self._used_otherwise.update(inner for inner in module.modules() if inner is not module)
             kind = type(module)
             if kind is nn.Identity or (
                 not module.training and (kind in _PASS_ON_IN_EVAL or kind.__name__ in _PASS_ON_BY_NAME)
@@ -112,22 +88,12 @@ class Calls:
                 self._pass_on.add(module)
 
 
-class _Tracer(fx.Tracer):
-    """Norms and layers are leaves, and so is what holds none of them (``through``: what holds no norm)."""
-
-    def __init__(self, through: bool) -> None:
-        super().__init__(param_shapes_constant=True)
-        self._through = through
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if is_norm(module) or is_layer(module) or super().is_leaf_module(module, qualified_name):
-            return True
-        return not any(is_norm(inner) or (self._through and is_layer(inner)) for inner in module.modules())
+def _is_leaf(module: nn.Module) -> bool:
+    return is_norm(module) or is_layer(module) or not any(is_norm(m) or is_layer(m) for m in module.modules())
 
 
-def _defaults(module: nn.Module) -> dict[str, object]:
-    parameters = inspect.signature(module.forward).parameters.values()
-    return {item.name: item.default for item in parameters if item.default is not item.empty}
+def _is_leaf_or_without_norm(module: nn.Module) -> bool:
+    return is_norm(module) or is_layer(module) or not any(map(is_norm, module.modules()))
 
 
 def _asks_for_metadata(node: fx.Node) -> bool:
@@ -139,4 +105,4 @@ def _asks_for_metadata(node: fx.Node) -> bool:
 def _name(node: fx.Node) -> str:
     if node.op in ("placeholder", "output"):
         return "the module's " + {"placeholder": "input", "output": "output"}[node.op]
-    return f"`{getattr(node.target, '__name__', node.target)}`"
+    return name_of(node)

@@ -6,17 +6,17 @@ b (C,). E is the mean over rows and positions.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from leakfree.errors import ConfigError, LeakfreeError
 from leakfree.norms.blocked import Rows, product_sums
+from leakfree.norms.calls import called_modules, name_of, trace_parts
 from leakfree.norms.moments import BatchMoments
 from leakfree.norms.partitioned import BatchNorm
 from leakfree.norms.past import Past
@@ -593,45 +593,24 @@ def _only_source(norm: CrossIterationBatchNorm, path: str, sources: set[nn.Modul
     )
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _is_cbn(module: nn.Module) -> bool:
+    return isinstance(module, CrossIterationBatchNorm)
 
 
-class _Tracer(fx.Tracer):
-    """Follows modules only into their children: what one without children does is not asked."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, CrossIterationBatchNorm) or next(m.children(), None) is None:
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
+def _is_leaf(module: nn.Module) -> bool:
+    return _is_cbn(module) or next(module.children(), None) is None  # what one without children does is not asked
 
 
-def _sources(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | str]]:
+def _sources(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | str]]:
     """(norm, the module or a word for what makes its input) for each call of a CBN that can be followed."""
-    if not any(isinstance(inner, CrossIterationBatchNorm) for inner in module.modules()):
-        return
-    try:
-        # A forward may store what it computes: a copy, of the same tensors, keeps the placeholders out of the model.
-        graph = _Tracer().trace(copy.deepcopy(module, {id(item): item for item in _tensors(module)}))
-    except Exception:  # it runs the model's code on placeholders, where anything may fail
-        for child in module.children():
-            yield from _sources(child)
-        return
-    modules = dict(module.named_modules())
-
-    def called(node: object) -> nn.Module | None:
-        return modules[str(node.target)] if isinstance(node, fx.Node) and node.op == "call_module" else None
-
-    for node in graph.nodes:
-        norm = called(node)
-        if not isinstance(norm, CrossIterationBatchNorm):
-            continue
-        source = node.args[0] if node.args else node.kwargs["input"]
-        while isinstance(called(source), nn.Identity):
-            source = source.args[0]
-        if source.op != "placeholder":
-            yield norm, called(source) or f"`{getattr(source.target, '__name__', source.target)}`"
+    for part, graph in trace_parts(model, _is_cbn, [_is_leaf])[0]:
+        calls = called_modules(part, graph)
+        for node in (node for node, module in calls.items() if _is_cbn(module)):
+            source: Any = node.args[0] if node.args else node.kwargs["input"]
+            while isinstance(calls.get(source), nn.Identity):
+                source = source.args[0]
+            if source.op != "placeholder":
+                yield calls[node], calls.get(source) or name_of(source)
 
 
 def _standing_before(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | str]]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from leakfree.errors import ConfigError
+from leakfree.norms.calls import called_modules, only_argument, trace
 from leakfree.norms.foreign import examine, is_batch_norm
 from leakfree.norms.fused import activation_name
 from leakfree.norms.handover import carry_over, kept_and_lost, place
@@ -130,12 +131,8 @@ class _Pair:
     name: str
 
 
-class _Tracer(fx.Tracer):
-    """Looks into everything but torch's modules, batch norms, and what replaces pairs."""
-
-    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        ours = isinstance(module, (ProxyNorm, ProxiedActivation)) or is_batch_norm(module)
-        return ours or super().is_leaf_module(module, path)
+def _is_leaf(module: nn.Module) -> bool:
+    return isinstance(module, (ProxyNorm, ProxiedActivation)) or is_batch_norm(module)
 
 
 @contextmanager
@@ -154,28 +151,23 @@ def _calls(model: nn.Module, training: bool) -> list[_Call]:
     """The calls of leaf modules in a forward of ``model``."""
     with _in_mode(model, training):
         try:
-            graph = _Tracer().trace(model)
+            graph = trace(model, _is_leaf)
         except Exception as error:  # of whatever kind: the model's own code runs here, on symbols
             raise ConfigError(
                 f"the forward of {type(model).__name__} cannot be traced ({type(error).__name__}: {error}), so that "
                 "nothing is known of what follows its norms; convert parts of it that can be traced, or build them "
                 "with ProxyNorm"
             ) from error
-    called = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    called = called_modules(model, graph)
     calls = []
     for node, module in called.items():
         behind = next(iter(node.users)) if len(node.users) == 1 else None
         user = None
-        if behind is not None and behind in called and _only_argument(behind) is node:
+        if behind is not None and behind in called and only_argument(behind) is node:
             user = _User(str(behind.target), called[behind])
-        source = _only_argument(node)
+        source = only_argument(node)
         calls.append(_Call(str(node.target), module, None if source is None else called.get(source), user))
     return calls
-
-
-def _only_argument(node: fx.Node) -> fx.Node | None:
-    alone = len(node.args) == 1 and not node.kwargs
-    return node.args[0] if alone and isinstance(node.args[0], fx.Node) else None
 
 
 def _find_pairs(modes: list[list[_Call]]) -> list[_Pair]:

@@ -674,8 +674,8 @@ class _Block(nn.Module):
         self.last = None
 
     def forward(self, x):
-        if not self.traceable and x.sum() > 1e9:
-            return x
+        if not self.traceable and not isinstance(x, torch.Tensor):
+            raise TypeError
         self.last = x  # as models do for their losses
         return torch.relu(self.norm2(self.passed(self.conv2(torch.relu(self.norm1(self.conv1(x))))))) + x
 
