@@ -24,7 +24,7 @@ __all__ = ["RULES", "check_rules"]
 Problems = Iterator[tuple[str, str]]
 
 _BATCH_NORMS = ("BN", "ShuffleBN")  # the norms whose statistics can be shared by random groups
-_ALONE = ("none", "FrozenBN", "GN")  # the norms that mix no RoIs, so grouping them changes nothing
+_ALONE = ("none", "FrozenBN", "GN", "LN", "IN", "PN", "ProxyNorm")  # mix no RoIs: grouping them changes nothing
 
 
 def check_rules(config: RunConfig, origin: Origin) -> None:

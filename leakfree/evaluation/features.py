@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leakfree.distributed import all_gather_objects, all_gather_table, barrier, get_rank
+from leakfree.distributed import all_gather_objects, all_gather_table, barrier, broadcast_object, get_rank
 from leakfree.errors import DataError
 from leakfree.state import evaluating
 
@@ -42,8 +44,8 @@ def extract_features(
     Args:
         model: images (B, ...) -> features (B, D); a module is put into eval mode and back.
         batches: (images, classes int64 (B,), sample numbers int64 (B,)); numbers over all ranks are 0 ... N-1.
-        folder: keep the features in a file there and map it, instead of holding them in memory; ranks must
-            share the folder.
+        folder: keep the features in a new file there and map it, instead of holding them in memory; ranks must
+            share the folder. Remove the file when the features are no longer used.
 
     Raises:
         DataError: sample numbers that leave gaps, or a sample with two classes.
@@ -51,6 +53,11 @@ def extract_features(
     xs, ys, ids = [], [], []
     with evaluating(model) if isinstance(model, nn.Module) else torch.no_grad():
         for images, classes, numbers in batches:
+            if not len(images) == len(classes) == len(numbers):
+                raise DataError(
+                    f"extract_features: a batch of {len(images)} images has {len(classes)} classes and {len(numbers)} "
+                    "sample numbers"
+                )
             xs.append(model(images.to(device, non_blocking=True)).float().flatten(1).cpu())
             ys.append(classes)
             ids.append(numbers)
@@ -84,11 +91,13 @@ def _check(numbers: Tensor, classes: Tensor) -> int:
 
 
 def _mapped(folder: Path, x: Tensor, numbers: Tensor, total: int, width: int) -> Tensor:
-    path = folder / "features.f32"
-    if get_rank() == 0:
+    path = ""
+    if get_rank() == 0:  # a new file each time: features of before may still be mapped
         folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(".f32", "features-", folder)
+        os.close(handle)
         np.memmap(path, np.float32, "w+", shape=(total, width)).flush()
-    barrier()
+    path = broadcast_object(path)
     table = np.memmap(path, np.float32, "r+", shape=(total, width))
     table[numbers.numpy()] = x.numpy()
     table.flush()

@@ -89,7 +89,11 @@ def knn_predict(
     if not temperature > 0:
         raise ConfigError(f"temperature must be above 0, got {temperature}")
     _check_labels(train_y, train_x)
+    if not len(train_y):
+        raise DataError("the bank is empty")
     classes = num_classes if num_classes is not None else int(train_y.max()) + 1
+    if int(train_y.min()) < 0 or int(train_y.max()) >= classes:
+        raise DataError(f"classes must be from 0 to {classes - 1}, got {int(train_y.min())} to {int(train_y.max())}")
     train_y = train_y.to(test_x.device)
     ranked = []
     for similarity, index in _search(train_x, test_x, k, backend, approximate, exclude_self):
@@ -133,6 +137,8 @@ def recall_at_k(
     """For each k the share of queries with at least one of their class among the k nearest (Jegou et al. 2011)."""
     _check_labels(train_y, train_x)
     _check_labels(test_y, test_x)
+    if not ks or min(ks) < 1:
+        raise ConfigError(f"ks must be numbers of neighbours, at least 1 each, got {tuple(ks)}")
     _, index = nearest(train_x, test_x, max(ks), backend=backend, approximate=approximate, exclude_self=exclude_self)
     hits = train_y.to(index.device)[index] == test_y.to(index.device)[:, None]
     return {k: float(hits[:, :k].any(1).double().mean()) for k in ks}
@@ -204,6 +210,8 @@ def _search(
     if approximate is not None and backend != "faiss":
         raise ConfigError("inverted lists are faiss's: backend='torch' searches exactly")
     bank, queries = _normalized(bank, "bank"), _normalized(queries, "queries")
+    if not len(queries):
+        raise DataError("there are no queries")
     if bank.shape[1] != queries.shape[1]:
         raise DataError(f"the bank has {bank.shape[1]} features a row, the queries {queries.shape[1]}")
     available = len(bank) - int(exclude_self)

@@ -71,13 +71,18 @@ def linear_probe(
             raise DataError(f"linear_probe: {what}: expected (N, D) features and N classes, got {tuple(x.shape)}")
     broken = not bool(train_x.isfinite().all() and test_x.isfinite().all())
     facts = [int(train_y.max()) if len(train_y) else -1, int(broken), len(train_x)]
-    everyone = all_gather_table([*facts, len(test_x)])
+    least = int(train_y.min()) if len(train_y) else 0
+    everyone = all_gather_table([*facts, len(test_x), least, train_x.shape[1], test_x.shape[1]])
     if bool(everyone[:, 1].any()):
         raise DataError("linear_probe: some features are not finite")
     total, tested = int(everyone[:, 2].sum()), int(everyone[:, 3].sum())
     if not total or not tested:
         raise DataError(f"linear_probe: {total} training and {tested} test features; it needs both")
     classes = num_classes if num_classes is not None else int(everyone[:, 0].max()) + 1
+    if int(everyone[:, 4].min()) < 0 or int(everyone[:, 0].max()) >= classes:
+        raise DataError(f"linear_probe: classes of the training features must be from 0 to {classes - 1}")
+    if len({int(width) for width in everyone[:, 5:].flatten()}) > 1:
+        raise DataError(f"linear_probe: features of different widths: {everyone[:, 5:].tolist()} (train, test by rank)")
     x, y = train_x.detach().double(), train_y
     mean = all_reduce_sum_(x.sum(0)) / total
     std = (all_reduce_sum_((x - mean).square().sum(0)) / total).sqrt()

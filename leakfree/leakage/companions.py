@@ -134,6 +134,8 @@ def batchmate_probe(
         raise DataError(f"batchmate_probe: expected features (N, D) and N groups, got {x.shape} and {group.shape}")
     if not np.isfinite(x).all():
         raise DataError("batchmate_probe: the features are not finite")
+    if folds < 2 or num_pairs < 4 * folds:
+        raise DataError(f"batchmate_probe: needs 2 folds of 4 pairs or more, got folds={folds}, num_pairs={num_pairs}")
     names, counts = np.unique(group, return_counts=True)
     names = names[counts > 1]
     if len(names) < 2 * folds:

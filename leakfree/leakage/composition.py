@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from leakfree.distributed import is_distributed
-from leakfree.errors import LeakfreeError
+from leakfree.errors import DataError, LeakfreeError
 from leakfree.norms import PartitionedBatchNorm, batch_statistics
 from leakfree.state import buffers_kept, evaluating, modes_kept
 
@@ -121,6 +121,11 @@ def error_rates(
             for place, kind in enumerate(kinds):
                 outputs = _outputs(model, batch, kind, run)
                 labels = batch[1].to(outputs.device)
+                if outputs.ndim != 2 or labels.shape != (len(outputs),):
+                    raise DataError(
+                        f"composition_gap: outputs must be (N, classes) and labels (N,), got {tuple(outputs.shape)} "
+                        f"and {tuple(labels.shape)}"
+                    )
                 wrong[place] += int((outputs.argmax(1) != labels).sum())
             seen += len(batch[1])
     wrong, total = _over_ranks(wrong, seen, model)

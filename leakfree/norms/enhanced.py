@@ -71,6 +71,7 @@ class InstanceEnhancementBatchNorm(BatchNorm):
         return scale, shift if self.bias is None else shift + self.bias.to(gate.dtype)
 
     def _normalize(self, x: Tensor, partition: Partition, tracked: bool) -> Tensor:
+        self._refuse_single_value(x, partition)
         batch = BatchMoments(x, partition, instances=True)
         assert batch.instance_mean is not None
         if tracked:

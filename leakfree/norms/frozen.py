@@ -65,6 +65,11 @@ class FrozenBatchNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
             return traced_call(self, input)
+        if input.ndim < 2 or input.shape[1] != self.num_features or not input.is_floating_point():
+            raise ValueError(
+                f"FrozenBatchNorm expects (N, {self.num_features}, *) floating point numbers, got {tuple(input.shape)} "
+                f"{input.dtype}"
+            )
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32  # of the map; the result is rounded
         shape = (1, -1) + (1,) * (input.ndim - 2)
         scale = torch.rsqrt(self.running_var.to(dtype) + self.eps)

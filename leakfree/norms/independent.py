@@ -26,7 +26,9 @@ def check_groups(name: str, num_features: int, num_groups: int) -> None:
 
 
 def check_input(name: str, x: Tensor, num_features: int, values: int, advice: str) -> None:
-    """Refuse an input that is not (N, num_features, *), or one with a single value (``values``) for a mean."""
+    """Refuse an input that is not (N, num_features, *) of a floating dtype, or a single value (``values``) a mean."""
+    if not x.is_floating_point():
+        raise LeakfreeError(f"{name} expects floating point numbers, got {x.dtype}")
     if x.ndim < 2 or x.shape[1] != num_features:
         raise LeakfreeError(f"{name} expects (N, {num_features}, *), got {tuple(x.shape)}")
     if values == 1:

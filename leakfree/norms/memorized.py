@@ -29,7 +29,8 @@ class MemorizedBatchNorm(BatchNorm):
     are constants. Buffers then hold this mean and (biased) variance, so that eval normalizes by the rule of training.
 
     A batch without rows is not remembered. Inside a scope with base groups of rows, each group is a current
-    batch of its own, and their pooled moments are remembered. Ranks remember their own batches.
+    batch of its own, and their pooled moments are remembered. Ranks remember their own batches: under DDP pass
+    ``broadcast_buffers=False``, else every forward gives all ranks the memory of rank 0.
 
     In the state dict beside a batch norm's: the memory. A checkpoint of a batch norm loads with an empty one.
     With one entry the layer is BN in training.

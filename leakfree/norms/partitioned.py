@@ -114,6 +114,8 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 f"{type(self).__name__}({self.num_features}, dim={self.dim}) expects (N, {self.num_features}, *) "
                 f"with {' or '.join(map(str, valid))} dimensions, got {tuple(input.shape)}"
             )
+        if not input.is_floating_point():
+            raise ValueError(f"{type(self).__name__} expects floating point numbers, got {input.dtype}")
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
@@ -209,6 +211,12 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
         momentum = 1.0 / float(counter) if self.momentum is None else self.momentum
         # `data`: torch keeps them for the backward, though unused, and another forward may change them before it
         return F.batch_norm(x, running_mean.data, running_var.data, weight, bias, True, momentum, self.eps)
+
+    def _refuse_single_value(self, x: Tensor, partition: Partition) -> None:
+        """Raise as torch does where a channel would be normalized by the variance of one value."""
+        alone = self.training and partition.groups is None and not partition.synchronized
+        if alone and x.numel() == x.shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
 
     @torch.no_grad()
     def _update_running(self, count: Tensor, mean: Tensor, var: Tensor) -> None:

@@ -237,6 +237,8 @@ class ProxyNorm(nn.Module):
             untold = self.training or any(tensor.is_inference() for tensor in parameters)  # these have no version
             version = None if untold else tuple((tensor._version, tensor.data_ptr()) for tensor in parameters)
             known = None if untold else self._known
+        if torch.is_inference_mode_enabled():  # what is made there may not meet a gradient later
+            return _activated_proxy(values, version, ACTIVATIONS[self.activation], self.num_points, self.eps)
         if known is not None and known.values.dtype == dtype and known.values.device == values.device:
             same = torch.equal(known.values, values) if version is None else known.version == version
             if same:

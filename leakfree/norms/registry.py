@@ -98,7 +98,7 @@ def build_norm(name: str, num_features: int, *, dim: int = 2, **options: Any) ->
         return norm(num_features, dim=dim, **options)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"norm {name} with options {options}: {error}") from error
 
 

@@ -125,6 +125,27 @@ def test_mistakes_are_told():
         nearest(x, x, 2, backend="torch", approximate=InvertedLists(2, 1))
 
 
+def test_empty_sets_and_classes_out_of_range_are_told():
+    x, y = _blobs(10)
+    with pytest.raises(DataError, match="there are no queries"):
+        knn_accuracy(x, y, x[:0], y[:0], k=2)
+    with pytest.raises(DataError, match="the bank is empty"):
+        knn_accuracy(x[:0], y[:0], x, y, k=1)
+    with pytest.raises(DataError, match="classes must be from 0 to"):
+        knn_accuracy(x, y - 5, x, y, k=2)
+    with pytest.raises(DataError, match="classes must be from 0 to 1"):
+        knn_predict(x, y, x, k=2, num_classes=2)
+    for ks in ((), (0, 1)):
+        with pytest.raises(ConfigError, match="at least 1 each"):
+            recall_at_k(x, y, x, y, ks)
+    with pytest.raises(DataError, match="from 0 to 1"):
+        linear_probe(x, y, x, y, num_classes=2)
+    with pytest.raises(DataError, match="from 0 to"):
+        linear_probe(x, y - 5, x, y)
+    with pytest.raises(DataError, match="different widths"):
+        linear_probe(x, y, x[:, :3], y)
+
+
 # --------------------------------------------------------------------------------------------------------------- probe
 
 
@@ -218,6 +239,14 @@ def test_features_of_ranks_count_each_sample_once(ranks, mapped, tmp_path):
         assert classes == y.tolist()
 
 
+def test_mapped_features_of_before_stay_what_they_are(tmp_path):
+    (train_x, train_y), (val_x, val_y) = _blobs(64, width=3), _blobs(4, width=3, seed=1)
+    train = extract_features(nn.Flatten(), _batches(train_x, train_y, range(64)), folder=tmp_path)
+    val = extract_features(nn.Flatten(), _batches(val_x, val_y, range(4)), folder=tmp_path)
+    assert torch.equal(train.x, train_x)
+    assert torch.equal(val.x, val_x)
+
+
 def test_gaps_and_contradictions_are_told():
     x, y = _blobs(6, width=3)
     with pytest.raises(DataError, match="3 is missing"):
@@ -226,3 +255,5 @@ def test_gaps_and_contradictions_are_told():
         extract_features(_Model(), [*_batches(x, y, range(6)), (x[:1], y[:1] + 1, torch.tensor([0]))])
     with pytest.raises(DataError, match="no samples"):
         extract_features(_Model(), [])
+    with pytest.raises(DataError, match="a batch of 3 images has 2 classes and 3 sample numbers"):
+        extract_features(_Model(), [(x[:3], y[:2], torch.arange(3))])

@@ -70,6 +70,8 @@ def test_probe_mistakes_are_told():
     with pytest.raises(DataError, match="8 groups of two or more, got 2"):
         batchmate_probe(_x(8), torch.arange(8) // 4)
     with pytest.raises(DataError, match="not finite"):
-        batchmate_probe(_x(8) / 0, torch.arange(8) // 2, folds=1)
+        batchmate_probe(_x(8) / 0, torch.arange(8) // 2, folds=2)
+    with pytest.raises(DataError, match="2 folds of 4 pairs or more, got folds=1"):
+        batchmate_probe(_x(8), torch.arange(8) // 2, folds=1)
     with pytest.raises(DataError, match="expected features"):
         batchmate_probe(_x(8), torch.arange(7))

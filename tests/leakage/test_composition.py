@@ -135,3 +135,9 @@ def test_ranks_with_uneven_and_no_batches_agree_on_the_sum():
     used = [*batches(x, y, 15)[0::2], batches(x, y, 15)[1]]
     alone = composition_gap(stored_model(), random=used, same_class=batches(x, y, 15, same_class=True))
     assert run_ranks(_on_rank, 2) == [alone, alone]
+
+
+def test_labels_that_are_not_one_for_each_output_are_told():
+    x, _ = data(6)
+    with pytest.raises(LeakfreeError, match=r"labels \(N,\), got \(6, 3\) and \(1,\)"):
+        error_rates(Classifier(), [(x, torch.zeros(1, dtype=torch.int64))], ["stored"])

@@ -284,8 +284,9 @@ def test_an_empty_batch_leaves_everything_as_it_is(train, shape):
     assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
 
 
-def test_a_batch_of_one_is_defined():
-    """Like an instance norm's; a single value is its own mean, so that only the bias is left."""
+def test_a_batch_of_one_is_defined_and_one_value_is_refused():
+    """Like an instance norm's; a single value is its own mean and has no variance: torch's error, as for BN."""
     norm = _norm(dim=None)
     _close([norm(_x(num_rows=1))], [reference(norm, _x(num_rows=1))])
-    _close([norm(_x(num_rows=1, shape=()))], [norm.bias[None]])
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm(_x(num_rows=1, shape=()))

@@ -56,3 +56,29 @@ def test_a_symbolic_trace_takes_every_norm_as_one_call(name):
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
     x = torch.randn(4, 3, 5, 5)
     assert torch.equal(traced(x), model(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_integers_are_refused_instead_of_rounded(name):
+    norm = build_norm(name, 6, **OPTIONS.get(name, {}))
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=r"floating point|Float|not implemented for"):
+            norm.train(mode)(torch.randint(0, 255, (4, 6, 5, 5), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["BN", "IEBN"])
+def test_the_variance_of_one_value_is_refused_as_torch_does(name):
+    norm = build_norm(name, 6)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm(torch.randn(1, 6, 1, 1))
+    assert norm.eval()(torch.randn(1, 6, 1, 1)).shape == (1, 6, 1, 1)
+
+
+def test_a_forward_in_inference_mode_leaves_later_gradients_alone():
+    for name in NAMES:
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), build_norm(name, 6, **OPTIONS.get(name, {}))).eval()
+        x = torch.randn(2, 3, 6, 6)
+        with torch.inference_mode():
+            model(x)
+        model(x).sum().backward()
+        assert model[0].weight.grad is not None
