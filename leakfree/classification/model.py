@@ -24,6 +24,7 @@ from leakfree.norms import (
     norm_layer,
     normalization_scope,
     replace_norm_activation_pairs,
+    substitute_block_norms,
 )
 from leakfree.state import freeze_parts
 
@@ -81,6 +82,11 @@ def build_classifier(config: ClassificationRunConfig, num_classes: int, domains:
         model: nn.Module = SmallClassifier(num_classes, norm)
     else:
         model = getattr(torchvision.models, settings.name)(num_classes=num_classes, norm_layer=norm)
+    if settings.block_norm != "none":
+        try:
+            substitute_block_norms(model, settings.block_norm, **settings.block_norm_options)
+        except ConfigError as error:
+            raise ConfigError(f"model.block_norm: {error}") from None
     if proxied:
         _replace_by_proxies(model, options)
     if settings.norm == "CBN":

@@ -254,6 +254,8 @@ class ClassificationModelConfig:
     name: str = _f("small", one_of=("small", "resnet18", "resnet34", "resnet50", "resnet101"))
     norm: str = _f("BN", registry="norms")  # "none" only for the small one
     norm_options: dict[str, Any] = _f({})
+    block_norm: str = _f("none", registry="norms")  # resnets: in place of one norm of each residual block (XBN)
+    block_norm_options: dict[str, Any] = _f({})
     num_classes: int = _f(0, low=0)  # 0 = as many as the training data has
     weights: str = ""  # checkpoint to start from, or to evaluate
     weights_parts: list[str] = _f([])  # load only these submodules (layer1, ...); [] = all

@@ -148,3 +148,13 @@ def test_the_three_batch_sizes(make_config, overrides, together):
     config = make_config("run", *overrides)
     found = describe_batch(config, build(config), 2)
     assert found == {"total": 80, "per_rank": 40, "normalization": {"model": together}}
+
+
+def test_one_norm_of_each_block_by_a_word(make_config):
+    model = build_classifier(make_config("run", "model.name=resnet18", "model.block_norm=GN"), 10, [])
+    kinds = {path: type(module).__name__ for path, module in model.named_modules() if "bn" in path.rpartition(".")[2]}
+    assert {path for path, kind in kinds.items() if kind == "GroupNorm"} == {
+        f"layer{stage}.{block}.bn1" for stage in (1, 2, 3, 4) for block in (0, 1)
+    }
+    with pytest.raises(ConfigError, match=r"model\.block_norm: SmallClassifier has no residual block"):
+        build_classifier(make_config("run", "model.block_norm=GN"), 10, [])
