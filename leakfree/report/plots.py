@@ -38,7 +38,7 @@ _WIDTH = 3.55  # inches at 96 pixels: a panel's own width
 _MAX_POINTS = 240  # of a curve; longer ones are averaged in bins
 _CURVES = {
     "loss": "Loss",
-    "loss_classifier": "Box classification loss",
+    "loss_classifier": "Classification loss",
     "roi_accuracy": "RoI accuracy",
     "accuracy": "Accuracy",
     "loss_mask": "Mask loss",

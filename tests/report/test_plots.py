@@ -36,7 +36,7 @@ def test_the_leak_panels_say_gap_pairs_and_influence(regime_runs):
 
 def test_curves_show_loss_classification_loss_and_accuracy(regime_runs):
     panels = curve_panels(group(regime_runs(3)))
-    assert [panel.title for panel in panels] == ["Loss", "Box classification loss", "RoI accuracy"]
+    assert [panel.title for panel in panels] == ["Loss", "Classification loss", "RoI accuracy"]
 
 
 def test_a_resumed_run_counts_the_later_row_of_a_step(tmp_path):
