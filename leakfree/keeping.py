@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomStates", "random_states_kept", "state_kept"]
+__all__ = ["RandomStates", "attributes_kept", "random_states_kept", "state_kept"]
+
+
+@contextmanager
+def attributes_kept(modules: Iterable[nn.Module], *names: str) -> Iterator[None]:
+    """Put back the attributes ``names`` of each module that has them."""
+    before = [(module, name, vars(module)[name]) for module in modules for name in names if name in vars(module)]
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 @contextmanager
@@ -26,7 +37,6 @@ def state_kept(
         spare: modules that keep the buffers the forward left them, unless it raised.
     """
     modules = list(model.modules())
-    before = [(module, name, vars(module)[name]) for module in modules for name in attributes if name in vars(module)]
     extra = [
         (module, copy.deepcopy(module.get_extra_state()))
         for module in modules
@@ -40,11 +50,10 @@ def state_kept(
     ]
     spared: Collection[nn.Module] = ()
     try:
-        yield
+        with attributes_kept(modules, *attributes):
+            yield
         spared = spare
     finally:
-        for module, name, value in before:
-            setattr(module, name, value)
         for module, state in extra:
             module.set_extra_state(state)
         with torch.no_grad():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leakfree.errors import CheckpointError, ConfigError, choices
+from leakfree.keeping import attributes_kept
 from leakfree.norms import PartitionedBatchNorm
 
 __all__ = [
@@ -36,12 +37,8 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Put each module's own train or eval mode back."""
-    before = {module: module.training for module in model.modules()}
-    try:
+    with attributes_kept(model.modules(), "training"):
         yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 @contextmanager

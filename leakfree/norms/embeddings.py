@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from leakfree.errors import LeakfreeError
+from leakfree.keeping import attributes_kept
 from leakfree.norms.domains import Key, domain
 from leakfree.norms.per_domain import DomainBatchNorm
 
@@ -224,14 +225,10 @@ class BatchNormEmbeddings(nn.Module):
     def _stored_statistics(self) -> Iterator[None]:
         """Inside, batch norms normalize with their running statistics and leave them alone; dropout goes on."""
         norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        before = [norm.training for norm in norms]
-        try:
+        with attributes_kept(norms, "training"):
             for norm in norms:
                 norm.training = False
             yield
-        finally:
-            for norm, mode in zip(norms, before, strict=True):
-                norm.training = mode
 
     @staticmethod
     def _checked(output: Any) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from leakfree.distributed import Group
 from leakfree.errors import LeakfreeError
+from leakfree.keeping import attributes_kept
 from leakfree.norms.statistics import partitioned_batch_norm
 from leakfree.norms.traced import traced_call
 from leakfree.partition import Partition, current_scope
@@ -428,11 +429,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     neither read nor written; frozen layers take part.
     """
     layers = [module for module in model.modules() if isinstance(module, PartitionedBatchNorm)]
-    before = [layer._measured for layer in layers]
-    try:
+    with attributes_kept(layers, "_measured"):
         for layer in layers:
             layer._measured = True
         yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._measured = value
