@@ -22,6 +22,7 @@ setup(
         "torch>=2.6",
         "torchvision>=0.21",
         "lightning>=2.5",
+        "lightly>=1.5.20",
         "torchmetrics>=1.6",
         "faiss-cpu>=1.8",
         "faster-coco-eval>=1.6.5",
