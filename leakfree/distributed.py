@@ -15,11 +15,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "Group",
     "all_gather_ints",
     "all_gather_objects",
+    "all_gather_rows",
     "all_gather_table",
     "all_reduce_sum_",
     "all_to_all_bytes",
@@ -139,3 +141,50 @@ def all_to_all_bytes(data: Tensor, send: Sequence[int], receive: Sequence[int], 
     out = data.new_empty(sum(receive))
     dist.all_to_all_single(out, data, list(receive), list(send), group=_resolve(group))
     return out
+
+
+class _AllGatherRows(torch.autograd.Function):
+    """Rows of all ranks; the gradient of a row is the sum of what all ranks hand back for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _gather_padded(x, sizes, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        total = all_reduce_sum_(gradient.contiguous().clone(), ctx.group)
+        first = sum(ctx.sizes[: get_rank(ctx.group)])
+        return total[first : first + ctx.sizes[get_rank(ctx.group)]].clone(), None, None
+
+
+def _gather_padded(x: Tensor, sizes: list[int], group: Group) -> Tensor:
+    largest = max(sizes)
+    rows = x.detach().contiguous()
+    if len(rows) < largest:
+        rows = torch.cat([rows, rows.new_zeros(largest - len(rows), *rows.shape[1:])])
+    everyone = rows.new_empty(len(sizes) * largest, *rows.shape[1:])
+    dist.all_gather_into_tensor(everyone, rows, group=_resolve(group))
+    if min(sizes) == largest:
+        return everyone
+    return torch.cat([everyone[rank * largest : rank * largest + size] for rank, size in enumerate(sizes)])
+
+
+def all_gather_rows(x: Tensor, group: Group = None) -> tuple[Tensor, list[int]]:
+    """Concatenate the rows of all ranks, in rank order; differentiable, for any numbers of rows, zero too.
+
+    The gradient of a rank's rows is the sum over ranks of the gradients of their copies, so the gradient of a loss
+    that is summed over ranks is exact. All ranks must take the backward if any does. For small rows (features):
+    every rank holds all of them.
+
+    Args:
+        x: (N, *) with the same * and dtype on all ranks.
+
+    Returns:
+        (sum of N over ranks, *), and the N of each rank.
+    """
+    if not is_distributed(group):
+        return x, [len(x)]
+    sizes = [size for (size,) in all_gather_ints([len(x)], group)]
+    return _AllGatherRows.apply(x, sizes, group), sizes

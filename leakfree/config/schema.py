@@ -20,6 +20,11 @@ __all__ = [
     "ClassificationEvaluationConfig",
     "ClassificationModelConfig",
     "ClassificationRunConfig",
+    "ContrastiveDataConfig",
+    "ContrastiveEvaluationConfig",
+    "ContrastiveLeakageConfig",
+    "ContrastiveModelConfig",
+    "ContrastiveRunConfig",
     "DataConfig",
     "DatasetConfig",
     "DetectionDataConfig",
@@ -30,6 +35,7 @@ __all__ = [
     "DigitScenesConfig",
     "EvaluationConfig",
     "ImagesConfig",
+    "LabelledDataConfig",
     "LeakageConfig",
     "MaskHeadConfig",
     "OptimizerConfig",
@@ -38,6 +44,7 @@ __all__ = [
     "ScheduleConfig",
     "TASKS",
     "TrainerConfig",
+    "ViewsConfig",
 ]
 
 
@@ -233,14 +240,20 @@ class ImagesConfig:
 
 
 @dataclass
-class ClassificationDataConfig(DataConfig):
+class LabelledDataConfig(DataConfig):
+    """Labelled images, squared and standardized."""
+
     train: ImagesConfig = field(default_factory=ImagesConfig)
     val: ImagesConfig = field(default_factory=ImagesConfig)
     image_size: int = _f(8, low=4)  # pixels, square
-    min_crop: float = _f(1.0, above=0.0, high=1.0)  # training: smallest share of the image in a random crop; 1 = none
-    flip: float = _f(0.0, low=0.0, high=1.0)  # probability of a horizontal flip in training
     mean: list[float] = _f([0.0, 0.0, 0.0])  # subtracted from pixels in [0, 1]: red, green, blue
     std: list[float] = _f([1.0, 1.0, 1.0])  # and what they are divided by
+
+
+@dataclass
+class ClassificationDataConfig(LabelledDataConfig):
+    min_crop: float = _f(1.0, above=0.0, high=1.0)  # training: smallest share of the image in a random crop; 1 = none
+    flip: float = _f(0.0, low=0.0, high=1.0)  # probability of a horizontal flip in training
     # How training batches are composed: images at random, or groups of group_size images of one class each,
     # while the classes of the whole batch stay balanced.
     composition: str = _f("random", one_of=("random", "same_class"))
@@ -272,14 +285,85 @@ class ClassificationEvaluationConfig(EvaluationConfig):
     precise_images: int = _f(1200, low=1)  # training images behind the precise population statistics
 
 
+# ----------------------------------------------------------------------------------------- contrastive
+
+_SHARING = ("bn", "sync_bn", "ghost_bn", "shuffle_bn", "shuffle_images", "gn", "frozen_bn")
+
+
+@dataclass
+class ViewsConfig:
+    """How the two views of an image are drawn in training."""
+
+    name: str = _f("moco_v2", one_of=("digits", "simclr", "moco_v2"))  # the last two: lightly's
+    strength: float = _f(1.0, low=0.0)  # digits: of all distortions; simclr, moco_v2: of the colour jitter
+    min_crop: float = _f(0.2, above=0.0, high=1.0)  # simclr, moco_v2: smallest share of the image in a crop
+    flip: float = _f(0.5, low=0.0, high=1.0)  # simclr, moco_v2: probability of a horizontal flip
+    blur: float = _f(0.5, low=0.0, high=1.0)  # simclr, moco_v2: probability of a Gaussian blur
+    # digits: an illumination that belongs to the image, survives the views and tells nothing of the class:
+    style: float = _f(0.0, low=0.0)  # its size, in units of ink; above 0 it takes the place of contrast and brightness
+    style_noise: float = _f(0.3, low=0.0)  # how much it differs between the views of an image, relative to itself
+
+
+@dataclass
+class ContrastiveDataConfig(LabelledDataConfig):
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+
+
+@dataclass
+class ContrastiveModelConfig:
+    """SimCLR or MoCo. Who shares batch statistics is one word for each encoder: see ``docs/contrastive.md``."""
+
+    method: str = _f("moco", one_of=("moco", "simclr"))
+    backbone: str = "resnet50"  # small, a model of torchvision, or timm/NAME
+    stem: str = _f("imagenet", one_of=("imagenet", "small_images"))  # resnets: 7x7 and pooling, or 3x3 (CIFAR)
+    head: str = _f("mlp", one_of=("mlp", "linear"))  # mlp: lightly's projection head of the method
+    hidden_dim: int = _f(0, low=0)  # of the mlp; 0 = as many as the backbone has features
+    feature_dim: int = _f(128, low=1)  # of what is compared
+    temperature: float = _f(0.2, above=0.0)
+    query: str = _f("bn", one_of=_SHARING)  # the encoder, or the first view of SimCLR
+    # The momentum encoder, or the second view of SimCLR; same = as query.
+    key: str = _f("same", one_of=("same", *_SHARING, "loader_shuffle", "eman"))
+    images_per_group: int = _f(0, low=0)  # images that bn and the shuffles normalize together; 0 = a rank's batch
+    norm_options: dict[str, Any] = _f({})  # ghost_bn: group_size; gn: num_groups
+    queue_size: int = _f(65536, low=1)  # moco: keys of earlier batches to compare with
+    momentum: float = _f(0.999, low=0.0, high=1.0)  # moco: of the key encoder's weights
+    momentum_end: float = _f(0.0, low=0.0, high=1.0)  # moco: a cosine from momentum to here over the run; 0 = constant
+    # moco: running statistics of the key encoder: its own, copies of the query encoder's, or their moving average
+    teacher_statistics: str = _f("auto", one_of=("auto", "own", "copy", "ema"))  # auto: ema with eman, else own
+    channels_last: bool = True
+    weights: str = ""  # checkpoint to start from, or to evaluate
+    weights_parts: list[str] = _f([])  # load only these submodules (query.backbone, ...); [] = all
+    freeze: list[str] = _f([])  # submodules whose weights and statistics stay as loaded
+
+
+@dataclass
+class ContrastiveEvaluationConfig(EvaluationConfig):
+    """Features of the backbone, judged by their neighbours and a linear probe."""
+
+    statistics: list[str] = _f(["population", "precise"], one_of=("population", "precise"))
+    images_per_batch: int = _f(64, low=1)
+    precise_images: int = _f(2048, low=1)  # training images behind the precise population statistics
+    views: str = _f("plain", one_of=("plain", "augmented"))  # what features are of: the image, or one fixed view of it
+    knn_k: int = _f(20, low=1)  # neighbours
+    knn_temperature: float = _f(0.1, above=0.0)
+    few_labels: int = _f(10, low=1)  # labels of each class for kNN with few labels
+    backend: str = _f("faiss", one_of=("faiss", "torch"))
+    online_images: int = _f(2048, low=1)  # images of each split for kNN during training
+
+
+@dataclass
+class ContrastiveLeakageConfig(LeakageConfig):
+    max_images: int = _f(2048, low=2)  # held-out images whose keys are encoded among other batch-mates
+
+
 # ------------------------------------------------------------------------------------ training
 
 
 @dataclass
 class OptimizerConfig:
-    name: str = _f("sgd", one_of=("sgd", "adamw"))
+    name: str = _f("sgd", one_of=("sgd", "adamw", "lars"))
     lr: float = _f(0.02, above=0.0)  # at total_batch_size; never scaled behind your back
-    momentum: float = _f(0.9, low=0.0, high=1.0)  # sgd
+    momentum: float = _f(0.9, low=0.0, high=1.0)  # sgd, lars
     weight_decay: float = _f(1e-4, low=0.0)
     weight_decay_norm: float = _f(1e-4, low=0.0)  # of normalization layers' affine parameters
     clip_gradients: float = _f(0.0, low=0.0)  # largest norm of the whole gradient; 0 = off
@@ -345,4 +429,17 @@ class ClassificationRunConfig(RunConfig):
     model: ClassificationModelConfig = field(default_factory=ClassificationModelConfig)
 
 
-TASKS: dict[str, type[RunConfig]] = {"detection": DetectionRunConfig, "classification": ClassificationRunConfig}
+@dataclass
+class ContrastiveRunConfig(RunConfig):
+    task: str = "contrastive"
+    data: ContrastiveDataConfig = field(default_factory=ContrastiveDataConfig)
+    evaluation: ContrastiveEvaluationConfig = field(default_factory=ContrastiveEvaluationConfig)
+    leakage: ContrastiveLeakageConfig = field(default_factory=ContrastiveLeakageConfig)
+    model: ContrastiveModelConfig = field(default_factory=ContrastiveModelConfig)
+
+
+TASKS: dict[str, type[RunConfig]] = {
+    "classification": ClassificationRunConfig,
+    "contrastive": ContrastiveRunConfig,
+    "detection": DetectionRunConfig,
+}

@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
-from leakfree.config.schema import ClassificationDataConfig, ImagesConfig
+from leakfree.config.schema import ClassificationDataConfig, ImagesConfig, LabelledDataConfig
 from leakfree.data.digits import SPLITS, Split, digit_images, digits_of
 from leakfree.data.images import read_image
 from leakfree.data.samplers import SameClassBatchSampler, TrainingBatchSampler
@@ -91,7 +91,7 @@ class LabelledImages:
         return self.config.corruptions[index % len(self.config.corruptions)]
 
 
-def build_images(config: ClassificationDataConfig, split: Split) -> LabelledImages:
+def build_images(config: LabelledDataConfig, split: Split) -> LabelledImages:
     """Open one split of ``data``. No digit is in both splits; they are those of the digit scenes.
 
     Raises:

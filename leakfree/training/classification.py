@@ -63,6 +63,9 @@ class ClassificationTask:
         assert self._accuracy is not None
         return {"accuracy": self._accuracy}
 
+    def after_step(self) -> None:
+        pass
+
     def estimate_statistics(self) -> None:
         estimate_statistics(self.model, self.config, self.images["train"])
 

@@ -60,6 +60,9 @@ class DetectionTask:
         heads: Any = self.model.roi_heads
         return {"roi_accuracy": heads.training_accuracy()}
 
+    def after_step(self) -> None:
+        pass
+
     def estimate_statistics(self) -> None:
         estimate_statistics(self.model, self.config, self.datasets["train"])
 

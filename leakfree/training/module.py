@@ -81,6 +81,10 @@ class TrainingModule(L.LightningModule):
         self.losses |= {name: value.detach().to(total) for name, value in self.task.monitors().items()}
         return total
 
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        self.task.after_step()  # here, so that it is done when callbacks save a checkpoint
+
     def _not_finite(self) -> str:
         bad = [f"{name} is {value.item()}" for name, value in self.losses.items() if not torch.isfinite(value)]
         rank = f" on rank {get_rank()}" if get_world_size() > 1 else ""
@@ -154,7 +158,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters; those of norm layers have a weight decay of their own.
+    """SGD, AdamW or LARS over the trainable parameters; those of norm layers have a weight decay of their own.
 
     A norm that has ``proxy_parameters`` gives the decay of the weights to these and none to its others (Labatie et
     al. 2021).
@@ -184,4 +188,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     groups = [group for group in groups if group["params"]]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
+    if config.name == "lars":
+        from leakfree.contrastive.optimizers import lars  # takes seconds to import
+
+        return lars(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

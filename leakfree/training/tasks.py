@@ -48,6 +48,9 @@ class Task(Protocol):
     def monitors(self) -> dict[str, Tensor]:
         """Numbers of the last training forward to log beside the losses; the same names on every rank and step."""
 
+    def after_step(self) -> None:
+        """What is due when the optimizer has stepped."""
+
     def estimate_statistics(self) -> None:
         """Fill the batch norms' running statistics with precise population statistics of training data."""
 

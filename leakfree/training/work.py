@@ -38,10 +38,14 @@ from leakfree.training.tasks import Task
 
 __all__ = ["evaluate_on_rank", "train_on_rank"]
 
-_TASKS: dict[str, Callable[..., Task]] = {
-    "classification": ClassificationTask,
-    "detection": DetectionTask,
-}  # by ``config.task``
+
+def _task(name: str) -> Callable[..., Task]:
+    """The kind of run that ``config.task`` names."""
+    if name == "contrastive":
+        from leakfree.training.contrastive import ContrastiveTask  # its libraries take seconds to import
+
+        return ContrastiveTask
+    return {"classification": ClassificationTask, "detection": DetectionTask}[name]
 
 
 def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
@@ -80,7 +84,7 @@ def _initial_weights(config: RunConfig) -> tuple[str, Sequence[str]]:
 
 def _build(config: RunConfig, weights: str, parts: Sequence[str]) -> Task:
     seed_step(config.seed, 0, 0)  # the same initial weights on every rank
-    return _TASKS[config.task](config, weights, parts)
+    return _task(config.task)(config, weights, parts)
 
 
 # -------------------------------------------------------------------------------------- session

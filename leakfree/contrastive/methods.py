@@ -1,0 +1,219 @@
+"""MoCo and SimCLR: two encoders, or two passes of one, and what they compare."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leakfree.contrastive.losses import Contrast, nt_xent, queue_info_nce, queue_logits
+from leakfree.contrastive.mitigation import Mitigation
+from leakfree.norms import batch_statistics
+
+__all__ = ["ContrastiveMethod", "Encoder", "MoCo", "SimCLR", "Views"]
+
+
+class Views(NamedTuple):
+    """A training batch of this rank.
+
+    ``query``, ``key``: (N, 3, S, S), two views of the same images; under ``loader_shuffle`` the keys are those of the
+    images that meet here. ``labels``, ``indices``: int64 (N,), of the queries. ``step``: int64 (), selects the shuffle.
+    """
+
+    query: Tensor
+    key: Tensor
+    labels: Tensor
+    indices: Tensor
+    step: Tensor
+
+
+class Encoder(nn.Module):
+    """A backbone and a projection head: images (N, 3, H, W) -> features (N, D) of length 1."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.head(self.backbone(images).flatten(1)), dim=1)
+
+
+class ContrastiveMethod(nn.Module):
+    """What SimCLR and MoCo have in common.
+
+    Args:
+        encoder: of the queries; its backbone is what a run is for.
+        query, key: who shares statistics in the forwards of the two views.
+        temperature: of the similarities.
+    """
+
+    def __init__(self, encoder: Encoder, query: Mitigation, key: Mitigation, temperature: float) -> None:
+        super().__init__()
+        self.query = encoder
+        self.query_mitigation, self.key_mitigation = query, key
+        self.temperature = temperature
+
+    def encode_queries(self, images: Tensor, index: int) -> Tensor:
+        """(N, D) of length 1, in the mode the module is in; ``index``: of the draw, where there is a shuffle."""
+        return self.query_mitigation.encode(self.query, images, index)
+
+    def encode_keys(self, images: Tensor, index: int) -> Tensor:
+        """As :meth:`encode_queries`; under ``loader_shuffle`` the images are those that meet on this rank."""
+        raise NotImplementedError
+
+    def forward(self, views: Views) -> Contrast:
+        """The loss of one training step."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """After the optimizer's step."""
+
+    def judge(self, queries: Tensor, keys: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and hit (1 where the own key is the most similar) of each query: both (N,).
+
+        Args:
+            queries: (N, D); keys: (N, D) their positives, perhaps encoded among others; batch: (N, D), the keys of the
+                whole batch as training would encode them.
+        """
+        raise NotImplementedError
+
+
+class SimCLR(ContrastiveMethod):
+    """SimCLR: one encoder, both views with gradient, the other images of the batch are the negatives.
+
+    The views are encoded in two forwards, so with "bn" each is normalized by itself.
+    Reference: Chen et al. 2020.
+    """
+
+    def encode_keys(self, images: Tensor, index: int) -> Tensor:
+        return self.key_mitigation.encode(self.query, images, index, moved=self.key_mitigation.name == "loader_shuffle")
+
+    def forward(self, views: Views) -> Contrast:
+        index = int(views.step)
+        queries, keys = self.encode_queries(views.query, index), self.encode_keys(views.key, index)
+        return nt_xent(queries, keys, self.temperature)
+
+    def judge(self, queries: Tensor, keys: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        logits = queries @ torch.cat([batch, queries]).T / self.temperature
+        count = len(queries)
+        rows = torch.arange(count, device=logits.device)
+        logits[rows, rows] = (queries * keys).sum(1) / self.temperature
+        logits[rows, rows + count] = float("-inf")  # itself
+        return F.cross_entropy(logits, rows, reduction="none"), (logits.argmax(1) == rows).double()
+
+
+class MoCo(ContrastiveMethod):
+    """MoCo v2: keys from a momentum encoder, compared with a queue of earlier keys.
+
+    Order of a step: queries, update of the key encoder, keys, loss; the keys enter the queue after the optimizer's
+    step (:meth:`after_step`), since the backward still needs the queue as it was.
+
+    Args:
+        queue_size: K. The queue starts with random directions, the same on every rank under one seed of torch.
+        momentum: of the key encoder's weights; with ``momentum_end`` it follows half a cosine there over
+            ``max_steps`` (Grill et al. 2020, section 3.2).
+        teacher_statistics: running statistics of the key encoder: "own" averages of its own batches (MoCo), "copy" of
+            the query encoder's, "ema" a moving average of them at the weights' momentum (EMAN, Cai et al. 2021,
+            equation 4). Counters are copied by the last two.
+
+    Reference: He et al. 2020, algorithm 1; Chen et al. 2020 (MoCo v2).
+    """
+
+    queue: Tensor
+    queue_pointer: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        query: Mitigation,
+        key: Mitigation,
+        temperature: float,
+        *,
+        feature_dim: int,
+        queue_size: int,
+        momentum: float = 0.999,
+        momentum_end: float | None = None,
+        max_steps: int = 1,
+        teacher_statistics: str = "own",
+    ) -> None:
+        super().__init__(encoder, query, key, temperature)
+        self.key = copy.deepcopy(encoder).requires_grad_(False)
+        self.momentum, self.momentum_end, self.max_steps = momentum, momentum_end, max_steps
+        self.teacher_statistics = teacher_statistics
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, feature_dim), dim=1))
+        self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
+        self._waiting: Tensor | None = None  # keys of this step
+        self.train()  # the key encoder's mode is not always this module's
+
+    def train(self, mode: bool = True) -> MoCo:
+        super().train(mode)
+        if self.teacher_statistics != "own":
+            self.key.eval()  # it never writes its statistics
+        return self
+
+    def encode_keys(self, images: Tensor, index: int) -> Tensor:
+        mitigation = self.key_mitigation
+        with torch.no_grad():
+            if self.training and mitigation.shares and not self.key.training:
+                with batch_statistics(self.key):
+                    return mitigation.encode(self.key, images, index, moved=mitigation.name == "loader_shuffle")
+            return mitigation.encode(self.key, images, index, moved=mitigation.name == "loader_shuffle")
+
+    def forward(self, views: Views) -> Contrast:
+        index = int(views.step)
+        queries = self.encode_queries(views.query, index)
+        self.update_teacher(self.momentum_at(index))
+        keys = self.encode_keys(views.key, index)
+        found = queue_info_nce(queries, keys, self.queue, self.temperature)
+        self._waiting = found.keys
+        return found
+
+    def momentum_at(self, step: int) -> float:
+        if self.momentum_end is None:
+            return self.momentum
+        share = (math.cos(math.pi * min(step / self.max_steps, 1.0)) + 1) / 2
+        return self.momentum_end - (self.momentum_end - self.momentum) * share
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Move the key encoder's weights, and its statistics as ``teacher_statistics`` says, towards the query's."""
+        mine, theirs = _pairs(self.key.parameters(), self.query.parameters())
+        torch._foreach_lerp_(mine, theirs, 1 - momentum)
+        if self.teacher_statistics == "own":
+            return
+        mine, theirs = _pairs(self.key.buffers(), self.query.buffers())
+        averaged = [item.is_floating_point() and self.teacher_statistics == "ema" for item in mine]
+        for target, source, average in zip(mine, theirs, averaged, strict=True):
+            if average:
+                target.lerp_(source, 1 - momentum)
+            else:
+                target.copy_(source)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Let the step's keys take the place of the oldest in the queue."""
+        if self._waiting is None:
+            return
+        size = len(self.queue)
+        keys = self._waiting[-size:].to(self.queue.dtype)
+        first = int(self.queue_pointer)
+        rows = (first + torch.arange(len(keys), device=self.queue.device)) % size
+        self.queue[rows] = keys
+        self.queue_pointer.fill_((first + len(keys)) % size)
+        self._waiting = None
+
+    def judge(self, queries: Tensor, keys: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        logits = queue_logits(queries, keys, self.queue.to(queries.dtype)) / self.temperature
+        positive = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        return F.cross_entropy(logits, positive, reduction="none"), (logits.argmax(1) == 0).double()
+
+
+def _pairs(mine: Any, theirs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    one, two = list(mine), list(theirs)
+    assert len(one) == len(two), "the encoders differ"
+    return one, [item.detach() for item in two]

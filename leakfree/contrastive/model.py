@@ -1,0 +1,92 @@
+"""The method of a config: encoders with chosen norms, heads of lightly, who shares statistics with whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
+from torch import nn
+
+from leakfree.config.schema import ContrastiveRunConfig
+from leakfree.contrastive.backbones import build_backbone
+from leakfree.contrastive.methods import ContrastiveMethod, Encoder, MoCo, SimCLR
+from leakfree.contrastive.mitigation import Mitigation
+from leakfree.errors import ConfigError
+from leakfree.norms import convert_norms
+from leakfree.state import freeze_parts
+
+__all__ = ["build_contrastive", "describe_batch", "mitigations"]
+
+
+def mitigations(config: ContrastiveRunConfig) -> tuple[Mitigation, Mitigation]:
+    """Who shares statistics in the forwards of queries and keys."""
+    settings = config.model
+    ghost_size = int(settings.norm_options.get("group_size", 0))
+
+    def mitigation(name: str) -> Mitigation:
+        return Mitigation(name, settings.images_per_group, ghost_size, config.seed)
+
+    return mitigation(settings.query), mitigation(settings.query if settings.key == "same" else settings.key)
+
+
+def build_contrastive(config: ContrastiveRunConfig) -> ContrastiveMethod:
+    """Build the method of ``config.model``. ``query.backbone`` has the names of the library it comes from.
+
+    Checkpoints are not loaded here: see :func:`leakfree.state.load_weights`.
+
+    Raises:
+        ConfigError: a backbone, option or submodule that does not exist, or freezing random weights.
+    """
+    settings = config.model
+    if settings.freeze and not settings.weights:
+        raise ConfigError(
+            "model.freeze: freezing random weights trains nothing useful; set model.weights to a checkpoint"
+        )
+    query, key = mitigations(config)
+    options = {name: value for name, value in settings.norm_options.items() if name != "group_size"}
+    backbone, width = build_backbone(settings.backbone, query.norm, options, stem=settings.stem)
+    head = _head(config, width)
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in head.modules()):
+        convert_norms(head, query.norm, **options)
+    encoder = Encoder(backbone, head)
+    if settings.method == "simclr":
+        model: ContrastiveMethod = SimCLR(encoder, query, key, settings.temperature)
+    else:
+        statistics = settings.teacher_statistics
+        if statistics == "auto":
+            statistics = "ema" if key.name == "eman" else "own"
+        model = MoCo(
+            encoder,
+            query,
+            key,
+            settings.temperature,
+            feature_dim=settings.feature_dim,
+            queue_size=settings.queue_size,
+            momentum=settings.momentum,
+            momentum_end=settings.momentum_end or None,
+            max_steps=config.schedule.max_steps,
+            teacher_statistics=statistics,
+        )
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    freeze_parts(model, settings.freeze)
+    return model
+
+
+def _head(config: ContrastiveRunConfig, width: int) -> nn.Module:
+    settings = config.model
+    if settings.head == "linear":
+        return nn.Linear(width, settings.feature_dim)
+    make: Any = SimCLRProjectionHead if settings.method == "simclr" else MoCoProjectionHead
+    head: nn.Module = make(width, settings.hidden_dim or width, settings.feature_dim)
+    return head
+
+
+def describe_batch(config: ContrastiveRunConfig, world_size: int) -> dict[str, Any]:
+    """The three batch sizes: total and per rank in images, and what each encoder normalizes together in training."""
+    total = config.trainer.total_batch_size
+    per_rank = total // world_size
+    query, key = mitigations(config)
+    together = {"query": query.describe(total, per_rank), "key": key.describe(total, per_rank)}
+    return {"total": total, "per_rank": per_rank, "normalization": together}
