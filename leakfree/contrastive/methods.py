@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from leakfree.contrastive.losses import Contrast, nt_xent, queue_info_nce, queue_logits
 from leakfree.contrastive.mitigation import Mitigation
+from leakfree.contrastive.shared_statistics import SharedStatistics
 from leakfree.norms import batch_statistics
 
 __all__ = ["ContrastiveMethod", "Encoder", "MoCo", "SimCLR", "Views"]
@@ -148,6 +149,7 @@ class MoCo(ContrastiveMethod):
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, feature_dim), dim=1))
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
         self._waiting: Tensor | None = None  # keys of this step
+        self._shared = SharedStatistics(encoder) if teacher_statistics != "own" else None
         self.train()  # the key encoder's mode is not always this module's
 
     def train(self, mode: bool = True) -> MoCo:
@@ -166,7 +168,11 @@ class MoCo(ContrastiveMethod):
 
     def forward(self, views: Views) -> Contrast:
         index = int(views.step)
+        if self._shared is not None:
+            self._shared.remember()
         queries = self.encode_queries(views.query, index)
+        if self._shared is not None:
+            self._shared.merge()
         self.update_teacher(self.momentum_at(index))
         keys = self.encode_keys(views.key, index)
         found = queue_info_nce(queries, keys, self.queue, self.temperature)
