@@ -58,7 +58,7 @@ class AllGatherShuffle:
         self.gather_rows = gather_rows
         self.gather_size = gather_size
 
-    def _concat_all(self, x: Tensor) -> tuple[Tensor, list[int]]:
+    def concat_all(self, x: Tensor) -> tuple[Tensor, list[int]]:
         sizes = self.gather_size(len(x), x.device)
         padded = x.new_zeros((max(sizes), *x.shape[1:]))
         padded[: len(x)] = x
@@ -67,7 +67,7 @@ class AllGatherShuffle:
 
     def shuffle(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, *) rows -> (M, *) rows of all ranks, and what ``unshuffle`` needs."""
-        rows, sizes = self._concat_all(x)
+        rows, sizes = self.concat_all(x)
         order = torch.randperm(len(rows), device=x.device)
         dist.broadcast(order, src=0)
         shares = torch.split(order, max(1, math.ceil(len(rows) / dist.get_world_size())))
@@ -78,7 +78,7 @@ class AllGatherShuffle:
 
     def unshuffle(self, x: Tensor, home: Tensor) -> Tensor:
         """(M, *) -> (N, *): the rows of this rank, in their order."""
-        return self._concat_all(x)[0][home]
+        return self.concat_all(x)[0][home]
 
 
 def installed_detectron2_shuffle() -> AllGatherShuffle:
@@ -89,25 +89,34 @@ def installed_detectron2_shuffle() -> AllGatherShuffle:
     return AllGatherShuffle(differentiable_all_gather, lambda size, device: comm.all_gather(size))
 
 
-def _concat_all(x: Tensor) -> Tensor:
+def concat_all(x: Tensor) -> Tensor:
     everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, x)
     return torch.cat(everyone)
 
 
 @torch.no_grad()
-def moco_shuffle(images: Tensor) -> Tensor:
-    """MoCo ``moco/builder.py`` (He et al. 2020, section 3.3): equal batches, no gradient."""
-    rows = _concat_all(images)
+def moco_shuffle_and_home(images: Tensor) -> tuple[Tensor, Tensor]:
+    """MoCo ``moco/builder.py`` (He et al. 2020, section 3.3): equal batches, no gradient; and where rows stand."""
+    rows = concat_all(images)
     order = torch.randperm(len(rows), device=images.device)
     dist.broadcast(order, src=0)
-    return rows[order.view(dist.get_world_size(), -1)[dist.get_rank()]]
+    return rows[order.view(dist.get_world_size(), -1)[dist.get_rank()]], torch.argsort(order)
+
+
+def moco_shuffle(images: Tensor) -> Tensor:
+    return moco_shuffle_and_home(images)[0]
+
+
+def installed_lightly_shuffle_and_home() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    from lightly.models.utils import batch_shuffle_distributed
+
+    return batch_shuffle_distributed
 
 
 def installed_lightly_shuffle() -> Callable[[Tensor], Tensor]:
-    from lightly.models.utils import batch_shuffle_distributed
-
-    return lambda images: batch_shuffle_distributed(images)[0]
+    shuffle = installed_lightly_shuffle_and_home()
+    return lambda images: shuffle(images)[0]
 
 
 # --- Norms ----------------------------------------------------------------------------------------------------------
