@@ -15,12 +15,13 @@ from leakfree.norms.activated_proxy import ProxyMoments, activated_proxy, normal
 from leakfree.norms.activations import ACTIVATIONS
 from leakfree.norms.independent import check_groups, check_input
 from leakfree.norms.proxied import ProxyNormalize, Settings
+from leakfree.norms.proxied_activation import HasActivated
 from leakfree.norms.traced import traced_call
 
 __all__ = ["ACTIVATIONS", "ProxyNorm"]
 
 
-class ProxyNorm(nn.Module):
+class ProxyNorm(HasActivated):
     """ProxyNorm: ``(z - E) / sqrt(Var + eps)`` with ``z = phi(weight * Norm(x) + bias)``; norm and activation in one.
 
     Norm is LN or GN without an affine map, phi the activation: put this layer in the place of both. E and Var are the
@@ -106,6 +107,11 @@ class ProxyNorm(nn.Module):
         """E and Var of the activated proxy, (C,) each, without gradient: y is ``(z - E) * rsqrt(Var + eps)``."""
         proxy = self._proxy(torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
         return proxy.mean.clone(), proxy.var.clone()
+
+    def proxy_map(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) of ``y = z * scale + shift``, (C,) each, without gradient."""
+        proxy = self._proxy(torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
+        return proxy.scale.clone(), proxy.shift.clone()
 
     def train(self, mode: bool = True) -> ProxyNorm:
         self._known = None
