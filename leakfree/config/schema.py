@@ -266,10 +266,15 @@ class ClassificationModelConfig:
 @dataclass
 class ClassificationEvaluationConfig(EvaluationConfig):
     statistics: list[str] = _f(
-        ["population", "precise", "random", "same_class"], one_of=("population", "precise", "random", "same_class")
+        ["population", "precise", "random", "same_class"],
+        one_of=("population", "precise", "random", "same_class", "target", "embeddings"),
     )
     images_per_batch: int = _f(16, low=1)  # images that share statistics under "random" and "same_class"
     precise_images: int = _f(1200, low=1)  # training images behind the precise population statistics
+    # "target" (AdaBN): statistics of unlabelled validation images, each corruption by itself; "embeddings": a DomainBN
+    # predicts in each domain it knows, and the predictions are mixed by the distance of the image to the domains.
+    target_images: int = _f(0, low=0)  # images behind "target", spread over the split; 0 = those that are evaluated
+    source_share: float = _f(0.0, low=0.0, high=1.0)  # of the stored statistics in those of "target"; below 1
 
 
 # ------------------------------------------------------------------------------------ training

@@ -120,7 +120,7 @@ def cost_table(variants: Sequence[Variant]) -> Table:
 def metric_table(variants: Sequence[Variant]) -> list[tuple[Variant, int, list[tuple[str, list[Cell]]]]]:
     """Every recorded result: per variant (with its index) and kind of statistics, one cell per metric."""
     metrics, notes = recorded_metrics(variants), footnotes(variants)
-    order = ["image", "same_class", "random", "precise", "population"]
+    order = ["image", "same_class", "random", "precise", "population", "target", "embeddings"]
     table = []
     for index, variant in enumerate(variants):
         modes = dict.fromkeys(mode for run in variant.runs for mode in run.record.results)

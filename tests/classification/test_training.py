@@ -75,8 +75,12 @@ def test_every_config_trains_a_step_and_is_measured(path, tmp_path):
     frozen = ["schedule.freeze_bn_at=1.0"] if load_config(path).schedule.freeze_bn_at < 1 else []
     record = train(load_config(path, [f"output_dir={tmp_path}/run", *short, *small, *frozen]))
     assert record.status == "finished"
-    assert 0 <= record.results["precise"]["accuracy"] <= 1
-    mixes = record.results["random"] != {}
+    config = load_config(path)
+    assert list(record.results) == config.evaluation.statistics
+    values = {kind: values["accuracy"] for kind, values in record.results.items() if values}
+    assert {"precise", "embeddings"} & values.keys()
+    assert all(0 <= value <= 1 for value in values.values())
+    mixes = record.results.get("random") != {}
     assert (record.leakage["influence"]["total"] > 0) == mixes
     assert mixes == (path.stem.split("_")[1] not in ("GN", "LN", "IN", "PN", "ProxyNorm"))
 
@@ -85,6 +89,8 @@ def test_there_is_a_config_for_every_norm():
     named = {load_config(path).model.norm for path in CONFIGS}
     assert {"BN", "SyncBN", "GhostBN", "ShuffleBN", "BatchStatBN", "BatchRenorm", "BGN", "CBN", "MBN", "IEBN"} < named
     assert {"DomainBN", "GN", "LN", "IN", "PN", "ProxyNorm"} < named
+    measured = {kind for path in CONFIGS for kind in load_config(path).evaluation.statistics}
+    assert {"target", "embeddings"} < measured
     assert any(load_config(path).schedule.freeze_bn_at < 1 for path in CONFIGS)
 
 
