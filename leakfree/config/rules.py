@@ -185,6 +185,20 @@ def _milestones_increase(config: RunConfig) -> Problems:
         yield "schedule.milestones", f"must be increasing shares of max_steps, above 0 and at most 1, got {marks}"
 
 
+def _freeze_point_is_of_its_unit(config: RunConfig) -> Problems:
+    at, unit = config.schedule.freeze_bn_at, config.schedule.freeze_bn_unit
+    if unit == "share" and at > 1:
+        yield (
+            "schedule.freeze_bn_at",
+            f"is a share of the run, at most 1, got {at:g}; for steps or epochs set schedule.freeze_bn_unit",
+        )
+    elif unit == "step" and at != int(at):
+        yield (
+            "schedule.freeze_bn_at",
+            f"with schedule.freeze_bn_unit=step must be a whole number of steps, got {at:g}",
+        )
+
+
 def _something_is_evaluated(config: RunConfig) -> Problems:
     if not config.evaluation.statistics:
         schema: type = type(config)
@@ -331,8 +345,15 @@ def _schedule_without_effect(config: RunConfig) -> Problems:
         yield "optimizer.momentum", f"has no effect with optimizer.name={optimizer.name}: it is for sgd"
     for name in _changed(schedule, "milestones", "gamma") if schedule.decay != "step" else ():
         yield f"schedule.{name}", f"has no effect with schedule.decay={schedule.decay}: it is for step"
-    if schedule.freeze_bn_at == 1 and _changed(schedule, "freeze_bn_statistics"):
+    never = schedule.freeze_bn_at == 1 and schedule.freeze_bn_unit == "share"
+    if never and _changed(schedule, "freeze_bn_statistics"):
         yield "schedule.freeze_bn_statistics", "has no effect with schedule.freeze_bn_at=1: nothing is frozen"
+    if schedule.freeze_bn_unit == "step" and schedule.freeze_bn_at >= schedule.max_steps:
+        yield (
+            "schedule.freeze_bn_at",
+            f"has no effect: nothing is frozen at step {schedule.freeze_bn_at:g} of a run of "
+            f"schedule.max_steps={schedule.max_steps}",
+        )
 
 
 def _changed(section: Any, *names: str) -> list[str]:
@@ -359,6 +380,7 @@ RULES: list[Callable[[RunConfig], Problems]] = [
     _batch_is_shared_evenly,
     _image_groups_fill_the_batch,
     _something_is_evaluated,
+    _freeze_point_is_of_its_unit,
     _statistics_can_be_adapted,
     _milestones_increase,
     _output_is_named,

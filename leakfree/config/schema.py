@@ -298,7 +298,9 @@ class ScheduleConfig:
     decay: str = _f("step", one_of=("step", "cosine", "constant"))
     milestones: list[float] = _f([2 / 3, 8 / 9])  # step: as shares of max_steps
     gamma: float = _f(0.1, low=0.0, high=1.0)  # step: lr factor at each milestone
-    freeze_bn_at: float = _f(1.0, low=0.0, high=1.0)  # share of the run after which BN is frozen; 1 = never
+    freeze_bn_at: float = _f(1.0, low=0.0)  # point of the run from which BN is frozen; as a share, 1 = never
+    # What freeze_bn_at counts: a share of max_steps, steps, or epochs (passes over the training images, as 1.5).
+    freeze_bn_unit: str = _f("share", one_of=("share", "step", "epoch"))
     freeze_bn_statistics: str = _f("precise", one_of=("precise", "ema"))  # what it is frozen with
     # BatchRenorm's ramp and CBN's burn-in follow max_steps; false = as norm_options (or the papers' long runs) say.
     scale_ramps: bool = True

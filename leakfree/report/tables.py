@@ -239,7 +239,10 @@ def describe(variant: Variant) -> str:
 
 def _frozen(flat: dict[str, Any]) -> list[str]:
     freeze = flat.get("schedule.freeze_bn_at")
-    return [f"frozen at {100 * freeze:.0f} %"] if isinstance(freeze, (int, float)) and freeze < 1 else []
+    unit = flat.get("schedule.freeze_bn_unit", "share")
+    if not isinstance(freeze, (int, float)) or (unit == "share" and freeze >= 1):
+        return []
+    return [f"frozen at {100 * freeze:.0f} %" if unit == "share" else f"frozen at {unit} {freeze:g}"]
 
 
 def shown(value: Any) -> str:
