@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from leakfree.errors import ConfigError, choices
 from leakfree.norms.activated_proxy import ProxyMoments, activated_proxy, normal_quantiles
 from leakfree.norms.activations import ACTIVATIONS
+from leakfree.norms.functional import is_transformed
 from leakfree.norms.independent import check_groups, check_input
 from leakfree.norms.proxied import ProxyNormalize, Settings
 from leakfree.norms.proxied_activation import HasActivated
@@ -38,7 +39,7 @@ class ProxyNorm(HasActivated):
 
     Input (N, C, *) of any floating dtype, the output like it; computed in float32 (float64 for float64 data), so exact
     to about 1e-7 of |mean| / std of a sample, as torch's group norm.
-    Compiled or exported, the layer is plain operations of torch.
+    Compiled, exported or under torch.func, the layer is plain operations of torch.
 
     Args:
         norm: "LN", over all values of a sample, or "GN".
@@ -122,7 +123,7 @@ class ProxyNorm(HasActivated):
             return traced_call(self, input)
         values = self.num_features // self.num_groups * input.shape[2:].numel()
         check_input("ProxyNorm", input, self.num_features, values, "use LN, or fewer groups")
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
             return self._plain(input)
         proxy = self._proxy(_wide(input))
         settings = Settings(ACTIVATIONS[self.activation], self.num_groups, self.norm_eps)
