@@ -41,7 +41,7 @@ class RunRecord:
     timing: dict[str, float | None] = field(default_factory=dict)
     # total, per_rank, normalization: what one forward of each part of the model normalizes together
     batch: dict[str, Any] = field(default_factory=dict)
-    # statistics ("population", "precise", "image", "random", "same_class") -> metric ("bbox/AP", "accuracy") -> value
+    # statistics ("population", "precise", "image", "target", ...) -> metric ("bbox/AP", "accuracy") -> value
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
     # "influence" | "composition" | "roi_accuracy/train" | "roi_accuracy/val" | "pairs" -> name -> value
     leakage: dict[str, dict[str, float | None]] = field(default_factory=dict)

@@ -90,7 +90,7 @@ class Epochs:
 Point = float | Epochs  # a share of the run (float), steps (int), or epochs
 
 
-def _step_at(what: str, at: Point, max_steps: int, steps_per_epoch: int | None) -> int:
+def _step_at(what: str, at: Point, max_steps: int, steps_per_epoch: float | None) -> int:
     """The step at a point; ``what`` names it in messages."""
     if isinstance(at, Epochs):
         if steps_per_epoch is None:
@@ -111,14 +111,14 @@ def _step_at(what: str, at: Point, max_steps: int, steps_per_epoch: int | None) 
     return round(number)
 
 
-def freeze_step(at: Point, max_steps: int, steps_per_epoch: int | None = None) -> int | None:
+def freeze_step(at: Point, max_steps: int, steps_per_epoch: float | None = None) -> int | None:
     """The step from which batch norms are frozen, or None when the run ends before.
 
     Args:
         at: a float is a share of the run in [0, 1] (1.0 = never), rounded to a step; an int is a
             number of steps; ``Epochs(n)`` is the end of n epochs.
         max_steps: updates of the whole run.
-        steps_per_epoch: updates of an epoch; needed for ``Epochs`` only.
+        steps_per_epoch: updates of an epoch, not necessarily whole; needed for ``Epochs`` only.
 
     Raises:
         ConfigError: a share outside [0, 1], a negative number, or epochs of unknown length.
@@ -203,7 +203,7 @@ class FreezeBN:
         step: int,
         max_steps: int,
         *,
-        steps_per_epoch: int | None = None,
+        steps_per_epoch: float | None = None,
         before: Callable[[nn.Module], object] | None = None,
     ) -> bool:
         """Freeze ``model`` if ``step`` is at or past the freeze point; return True when it happens now.
@@ -301,7 +301,7 @@ def renorm_ramp(max_steps: int, *, original_steps: int = RENORM_STEPS) -> tuple[
     return start, max(end_d, start + 1), max(end_r, start + 1)
 
 
-def burn_in_steps(max_steps: int, at: Point = _BURN_IN, steps_per_epoch: int | None = None) -> int:
+def burn_in_steps(max_steps: int, at: Point = _BURN_IN, steps_per_epoch: float | None = None) -> int:
     """The steps in which CBN is plain BN, before it looks back at earlier iterations.
 
     Args:
@@ -335,10 +335,10 @@ class _RampSchedule(ABC):
         self._starts: dict[str, int] = {}  # path of a layer -> its count when the run began
 
     @abstractmethod
-    def _length(self, start: int, max_steps: int, steps_per_epoch: int | None) -> object:
+    def _length(self, start: int, max_steps: int, steps_per_epoch: float | None) -> object:
         """The value of the attribute for a layer whose count was ``start`` when the run began."""
 
-    def step(self, model: nn.Module, step: int, max_steps: int, *, steps_per_epoch: int | None = None) -> None:
+    def step(self, model: nn.Module, step: int, max_steps: int, *, steps_per_epoch: float | None = None) -> None:
         """Set the ramps of ``model``; call it before each update, or once before the first.
 
         Args:
@@ -405,7 +405,7 @@ class RenormSchedule(_RampSchedule):
         renorm_ramp(1, original_steps=original_steps)
         self.original_steps = original_steps
 
-    def _length(self, start: int, max_steps: int, steps_per_epoch: int | None) -> tuple[int, ...]:
+    def _length(self, start: int, max_steps: int, steps_per_epoch: float | None) -> tuple[int, ...]:
         ramp = renorm_ramp(max_steps, original_steps=self.original_steps)
         return tuple(start + mark * self.forwards_per_step for mark in ramp)
 
@@ -427,5 +427,5 @@ class BurnInSchedule(_RampSchedule):
         burn_in_steps(1, at, 1)
         self.at = at
 
-    def _length(self, start: int, max_steps: int, steps_per_epoch: int | None) -> int:
+    def _length(self, start: int, max_steps: int, steps_per_epoch: float | None) -> int:
         return start + burn_in_steps(max_steps, self.at, steps_per_epoch) * self.forwards_per_step

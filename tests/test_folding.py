@@ -17,7 +17,8 @@ from torch import nn
 
 from leakfree.errors import LeakfreeError
 from leakfree.folding import Fold, fold_norms
-from leakfree.norms import build_norm, convert_norms
+from leakfree.norms import ProxyNorm, build_norm, convert_norms, replace_norm_activation_pairs
+from leakfree.norms.fused import ACTIVATION_MODULES
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -252,7 +253,42 @@ def test_the_last_step_of_a_proxy_norm_goes_into_the_convolution_after_it(norm, 
     inside = F.group_norm(x, model[1].num_groups, model[1].weight, model[1].bias, 1e-5)
     torch.testing.assert_close(folded[1](x), getattr(F, activation)(inside))
     model[2].padding = (1, 1)
-    assert "pads with zeros" in fold_norms(model)[1].left["1"]
+    cached, report = check(model, torch.randn(2, 3, 6, 6), num_folded=0)
+    assert "pads with zeros" in report.cached["1"]
+    assert not report.left
+    assert "0 of 1 norms folded, 1 cached" in str(report)
+    assert not isinstance(cached[1], ProxyNorm)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = torch.randn(2, 4, 3, 3, dtype=dtype), model.to(dtype)[1]
+        torch.testing.assert_close(fold_norms(model)[0][1](x), y(x))
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "relu6", "elu", "silu", "gelu", "hardswish", "mish"])
+def test_each_activation_of_a_proxy_norm_behind_one_that_is_shared(activation):
+    def forward(self, x):
+        return self.act(self.c2(self.act(self.n(self.c1(x)))) + x)
+
+    torch.manual_seed(0)
+    model = Forward(forward, c1=conv(), n=norm(), c2=conv(), act=ACTIVATION_MODULES[activation]())
+    replace_norm_activation_pairs(trained(model))
+    _, report = check(model, torch.randn(2, 3, 4, 4), num_folded=1)
+    assert report.folded == (Fold("n", ("c2",), "after"),)
+    model.c2 = nn.Conv2d(3, 3, 3, padding=1).double()
+    assert list(check(model, torch.randn(2, 3, 4, 4), num_folded=0)[1].cached) == ["n"]
+
+
+def test_a_proxy_norm_with_a_hook_or_a_forward_of_its_own_is_left():
+    model = nn.Sequential(build_norm("ProxyNorm", 3), nn.Conv2d(3, 2, 1)).eval()
+    handle = model[0].register_forward_hook(lambda *args: None)
+    assert "hooks" in fold_norms(model)[1].left["0"]
+    handle.remove()
+
+    class Doubled(ProxyNorm):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model[0] = Doubled(3).eval()
+    assert "Doubled overrides ProxyNorm.forward" in check(model, torch.randn(2, 3, 4, 4))[1].left["0"]
 
 
 # ------------------------------------------------------------------------------- who feeds whom
@@ -576,3 +612,36 @@ def test_a_folded_proxy_norm_goes_through_export_too():
     assert len(report.folded) == 1
     program = torch.export.export(folded, (X,))
     torch.testing.assert_close(program.module()(X), model(X))
+
+
+PROXIED = {"resnet18": (11, 9), "resnet50": (36, 17)}  # in a layer (with the batch norms that are left), cached
+
+
+@pytest.mark.parametrize("options", [{"norm": "LN"}, {"norm": "GN", "num_groups": 8}], ids=["LN", "GN"])
+@pytest.mark.parametrize("name", PROXIED)
+@torch.no_grad()
+def test_proxy_norms_in_the_place_of_pairs_fold_and_go_through_exports(name, options):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, num_classes=5)
+    replace_norm_activation_pairs(model, **options)
+    for module in model.modules():
+        if isinstance(module, ProxyNorm):
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    x = torch.randn(2, 3, 33, 33)
+    _, report = check(trained(model) if name == "resnet18" else model.eval(), x)
+    assert (len(report.folded), len(report.cached)) == PROXIED[name]
+    assert not report.left
+    model.float()
+    folded, _ = fold_norms(model)
+    expected = model(x)
+    torch.testing.assert_close(folded(x), expected, rtol=1e-3, atol=1e-4)
+    program = torch.export.export(folded, (x,))
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert not any("erfinv" in target or "batch_norm" in target for target in targets)
+    torch.testing.assert_close(program.module()(x), folded(x), rtol=1e-4, atol=1e-5)
+    file = io.BytesIO()
+    torch.onnx.export(folded, (x,), dynamo=True, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-3, atol=1e-3)

@@ -9,7 +9,7 @@ from leakfree.data import LabelledImages, LabelledLoader, build_image_loader, co
 from leakfree.data.labelled import Composition
 from leakfree.distributed import get_rank, get_world_size
 
-__all__ = ["composed_batches", "training_batches"]
+__all__ = ["composed_batches", "evaluated_images", "training_batches"]
 
 
 def training_batches(
@@ -35,17 +35,20 @@ def training_batches(
 
 
 def composed_batches(
-    config: ClassificationRunConfig, images: LabelledImages, composition: Composition, max_images: int = 0
+    config: ClassificationRunConfig,
+    images: LabelledImages,
+    composition: Composition,
+    max_images: int = 0,
+    corruption: str | None = None,
 ) -> LabelledLoader:
     """Batches of about ``evaluation.images_per_batch`` images, each image once; ranks may get different numbers.
 
     A class with a single image is left out of "same_class": it has nothing to share statistics with.
 
     Args:
-        max_images: so many of the data set, spread over it evenly; 0 = all.
+        max_images, corruption: which images; see :func:`evaluated_images`.
     """
-    count = min(max_images or len(images), len(images))
-    chosen = np.arange(count) * len(images) // count  # a folder is sorted by class: its first images are of one
+    chosen = evaluated_images(images, max_images, corruption)
     if composition == "same_class":
         counts = np.bincount(images.labels[chosen], minlength=len(images.classes))
         chosen = chosen[counts[images.labels[chosen]] > 1]
@@ -58,3 +61,17 @@ def composed_batches(
         world_size=get_world_size(),
     )
     return build_image_loader(images, config.data, [chosen[batch].tolist() for batch in batches])
+
+
+def evaluated_images(images: LabelledImages, max_images: int = 0, corruption: str | None = None) -> np.ndarray:
+    """The indices of the images that an evaluation takes, int64 (n,).
+
+    Args:
+        max_images: so many of the data set, spread over it evenly; 0 = all.
+        corruption: of these, those with this corruption; None = all.
+    """
+    count = min(max_images or len(images), len(images))
+    chosen = np.arange(count) * len(images) // count  # a folder is sorted by class: its first images are of one
+    if corruption is None:
+        return chosen
+    return chosen[[images.corruption_of(int(index)) == corruption for index in chosen]]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leakfree.classification.adaptation import has_unknown_domains, mixture_accuracy, target_accuracy
 from leakfree.classification.batches import composed_batches, training_batches
 from leakfree.classification.model import classify
 from leakfree.config.schema import ClassificationRunConfig
@@ -51,6 +52,7 @@ def evaluate_classifier(
     normalized with its own statistics. The gap's (c) is of precise population statistics where there are any.
     Across ranks: every rank calls it; batches are dealt to ranks, so the numbers do not depend on how many there are
     (but (a) and influence may, as training does), and every rank returns the same.
+    A DomainBN that does not know a corruption of the validation images has neither (b), (c) nor (d) there.
 
     Args:
         images: "train" and "val".
@@ -59,12 +61,13 @@ def evaluate_classifier(
     evaluation = ClassifierEvaluation(notes=_notes(model))
     wanted, measures = config.evaluation.statistics, config.leakage.enabled
     precise = has_running_statistics(model)
-    found: dict[str, float | None] = {}
-    if "population" in wanted or not precise:
+    known = not has_unknown_domains(model, images["val"])
+    found: dict[str, float | None] = dict.fromkeys(wanted)
+    if known and ("population" in wanted or not precise):
         batches = track(_composed(config, images, "random"), "accuracy under population statistics")
         found["population"] = _accuracy(error_rates(model, batches, forward=classify)["stored"])
     with _precise_statistics(model, config, images["train"], precise and ("precise" in wanted or measures)):
-        if measures or set(wanted) - {"population"}:
+        if known and (measures or {"precise", "random", "same_class"} & set(wanted)):
             gap = _gap(model, config, images, track, with_training=measures)
             found |= {"random": _accuracy(gap.random), "same_class": _accuracy(gap.same_class)}
             found["precise"] = _accuracy(gap.population)
@@ -72,9 +75,16 @@ def evaluate_classifier(
                 evaluation.leakage["composition"] = {**asdict(gap), "leak": gap.leak}
     if measures:
         evaluation.leakage["influence"] = _influence(model, config, images["train"], track)
-    if "precise" in wanted and not precise:
-        evaluation.notes.append("precise: no statistics to re-estimate (none, or frozen), so it is population")
-        found["precise"] = found["population"]
+    if "target" in wanted and known and precise:
+        found["target"] = target_accuracy(model, config, images["val"], track)
+    if "embeddings" in wanted:
+        found["embeddings"] = mixture_accuracy(model, config, images["val"], track)
+    for kind in ("precise", "target"):
+        if kind in wanted and known and not precise:
+            evaluation.notes.append(f"{kind}: no statistics to re-estimate (none, or frozen), so it is population")
+            found[kind] = found["population"]
+    if not known:
+        evaluation.notes.append("composition: n.a., DomainBN does not know a corruption of the validation images")
     if not _has_batch_statistics(model):
         found |= {"random": None, "same_class": None}
     evaluation.results = {mode: {} if found[mode] is None else {"accuracy": found[mode]} for mode in wanted}
@@ -90,8 +100,11 @@ def validation_accuracies(
 ) -> dict[str, float | None]:
     """The curves (b), (c) and (d) at one point of training, as accuracies; (c) under the stored statistics.
 
-    The curve (a) is the training accuracy, which every step gives.
+    The curve (a) is the training accuracy, which every step gives. Where a DomainBN does not know a corruption of the
+    validation images, the one curve is that of BN embeddings.
     """
+    if has_unknown_domains(model, images["val"]):
+        return {"val_accuracy/embeddings": mixture_accuracy(model, config, images["val"], track)}
     gap = _gap(model, config, images, track, with_training=False)
     errors = {"population": gap.population, "random": gap.random, "same_class": gap.same_class}
     return {f"val_accuracy/{name}": _accuracy(error) for name, error in errors.items()}

@@ -26,6 +26,7 @@ from leakfree.norms import (
     replace_norm_activation_pairs,
     substitute_block_norms,
 )
+from leakfree.norms.registry import check_options
 from leakfree.state import freeze_parts
 
 __all__ = ["SmallClassifier", "build_classifier", "classify", "describe_batch"]
@@ -77,6 +78,8 @@ def build_classifier(config: ClassificationRunConfig, num_classes: int, domains:
         )
     options = _options(config, domains)
     proxied = settings.norm == "ProxyNorm"  # takes the place of a norm and of the activation behind it
+    if proxied:
+        check_options(settings.norm, options, "model")
     norm = norm_layer("BN", {}, "model") if proxied else norm_layer(settings.norm, options, "model")
     if settings.name == "small":
         model: nn.Module = SmallClassifier(num_classes, norm)

@@ -68,12 +68,37 @@ def _folders_are_named(config: RunConfig) -> Problems:
         if not images.corruptions:
             yield f"data.{split}.corruptions", "is empty: name at least one of none, blur, contrast, invert"
     unknown = [name for name in config.data.val.corruptions if name not in config.data.train.corruptions]
-    if config.model.norm == "DomainBN" and unknown:
+    if config.model.norm == "DomainBN" and unknown and set(config.evaluation.statistics) != {"embeddings"}:
         yield (
             "data.val.corruptions",
             f"DomainBN has no statistics for {unknown[0]}: it is none of data.train.corruptions "
-            f"({', '.join(config.data.train.corruptions)})",
+            f"({', '.join(config.data.train.corruptions)}); only evaluation.statistics=[embeddings] takes others",
         )
+
+
+def _statistics_can_be_adapted(config: RunConfig) -> Problems:
+    if not isinstance(config, ClassificationRunConfig):
+        return
+    model, evaluation = config.model, config.evaluation
+    if evaluation.source_share == 1:
+        yield (
+            "evaluation.source_share",
+            "must be below 1: with no share for the target nothing is re-estimated; that is statistics: population",
+        )
+    if "embeddings" in evaluation.statistics and model.norm != "DomainBN":
+        yield (
+            "evaluation.statistics",
+            f"embeddings mixes the domains of a DomainBN, and model.norm is {model.norm}; use model.norm=DomainBN, or "
+            "target for statistics of an unknown domain",
+        )
+    elif "embeddings" in evaluation.statistics:
+        for option, wanted in (("running_statistics", "domain"), ("track_running_stats", True)):
+            value = model.norm_options.get(option, wanted)
+            if value != wanted:
+                yield (
+                    f"model.norm_options.{option}",
+                    f"is {value}, but embeddings (evaluation.statistics) needs running statistics of each domain",
+                )
 
 
 def _batches_hold_whole_groups(config: RunConfig) -> Problems:
@@ -160,6 +185,20 @@ def _milestones_increase(config: RunConfig) -> Problems:
         yield "schedule.milestones", f"must be increasing shares of max_steps, above 0 and at most 1, got {marks}"
 
 
+def _freeze_point_is_of_its_unit(config: RunConfig) -> Problems:
+    at, unit = config.schedule.freeze_bn_at, config.schedule.freeze_bn_unit
+    if unit == "share" and at > 1:
+        yield (
+            "schedule.freeze_bn_at",
+            f"is a share of the run, at most 1, got {at:g}; for steps or epochs set schedule.freeze_bn_unit",
+        )
+    elif unit == "step" and at != int(at):
+        yield (
+            "schedule.freeze_bn_at",
+            f"with schedule.freeze_bn_unit=step must be a whole number of steps, got {at:g}",
+        )
+
+
 def _something_is_evaluated(config: RunConfig) -> Problems:
     if not config.evaluation.statistics:
         schema: type = type(config)
@@ -224,6 +263,7 @@ def _settings_without_effect(config: RunConfig) -> Problems:
     yield from _schedule_without_effect(config)
     if isinstance(config, ClassificationRunConfig):
         yield from _images_without_effect(config)
+        yield from _adaptation_without_effect(config)
     for key, head in _heads(config):
         if head.roi_shuffle == "features" and head.norm == "none":
             yield f"{key}.roi_shuffle", "features has no effect: no norm in the head, so no RoI sees another"
@@ -246,6 +286,22 @@ def _images_without_effect(config: ClassificationRunConfig) -> Problems:
             yield f"data.{split}.path", f"has no effect with data.{split}.name=digits: it is for image_folder"
         if not images.noise and _changed(images, "seed"):
             yield f"data.{split}.seed", f"has no effect with data.{split}.noise=0: it is of the noise"
+
+
+def _adaptation_without_effect(config: ClassificationRunConfig) -> Problems:
+    evaluation, norm = config.evaluation, config.model.norm
+    if "target" not in evaluation.statistics:
+        for name in _changed(evaluation, "target_images", "source_share"):
+            yield f"evaluation.{name}", "has no effect without target in evaluation.statistics"
+    elif norm == "BatchStatBN":
+        yield (
+            "evaluation.statistics",
+            "target has no effect: BatchStatBN takes the statistics of the test batch",
+        )
+    elif norm in _ALONE and config.model.block_norm in _ALONE:
+        yield "evaluation.statistics", f"target has no effect: norm {norm} has no statistics to re-estimate"
+    if "embeddings" in evaluation.statistics and len(set(config.data.train.corruptions)) == 1:
+        yield "evaluation.statistics", "embeddings has no effect: data.train.corruptions is one domain, nothing to mix"
 
 
 def _norm_sections(config: RunConfig) -> list[tuple[str, str, dict[str, Any]]]:
@@ -289,8 +345,15 @@ def _schedule_without_effect(config: RunConfig) -> Problems:
         yield "optimizer.momentum", f"has no effect with optimizer.name={optimizer.name}: it is for sgd"
     for name in _changed(schedule, "milestones", "gamma") if schedule.decay != "step" else ():
         yield f"schedule.{name}", f"has no effect with schedule.decay={schedule.decay}: it is for step"
-    if schedule.freeze_bn_at == 1 and _changed(schedule, "freeze_bn_statistics"):
+    never = schedule.freeze_bn_at == 1 and schedule.freeze_bn_unit == "share"
+    if never and _changed(schedule, "freeze_bn_statistics"):
         yield "schedule.freeze_bn_statistics", "has no effect with schedule.freeze_bn_at=1: nothing is frozen"
+    if schedule.freeze_bn_unit == "step" and schedule.freeze_bn_at >= schedule.max_steps:
+        yield (
+            "schedule.freeze_bn_at",
+            f"has no effect: nothing is frozen at step {schedule.freeze_bn_at:g} of a run of "
+            f"schedule.max_steps={schedule.max_steps}",
+        )
 
 
 def _changed(section: Any, *names: str) -> list[str]:
@@ -317,6 +380,8 @@ RULES: list[Callable[[RunConfig], Problems]] = [
     _batch_is_shared_evenly,
     _image_groups_fill_the_batch,
     _something_is_evaluated,
+    _freeze_point_is_of_its_unit,
+    _statistics_can_be_adapted,
     _milestones_increase,
     _output_is_named,
     _pixels_are_normalized,

@@ -279,10 +279,15 @@ class ClassificationModelConfig:
 @dataclass
 class ClassificationEvaluationConfig(EvaluationConfig):
     statistics: list[str] = _f(
-        ["population", "precise", "random", "same_class"], one_of=("population", "precise", "random", "same_class")
+        ["population", "precise", "random", "same_class"],
+        one_of=("population", "precise", "random", "same_class", "target", "embeddings"),
     )
     images_per_batch: int = _f(16, low=1)  # images that share statistics under "random" and "same_class"
     precise_images: int = _f(1200, low=1)  # training images behind the precise population statistics
+    # "target" (AdaBN): statistics of unlabelled validation images, each corruption by itself; "embeddings": a DomainBN
+    # predicts in each domain it knows, and the predictions are mixed by the distance of the image to the domains.
+    target_images: int = _f(0, low=0)  # images behind "target", spread over the split; 0 = those that are evaluated
+    source_share: float = _f(0.0, low=0.0, high=1.0)  # of the stored statistics in those of "target"; below 1
 
 
 # ----------------------------------------------------------------------------------------- contrastive
@@ -377,7 +382,9 @@ class ScheduleConfig:
     decay: str = _f("step", one_of=("step", "cosine", "constant"))
     milestones: list[float] = _f([2 / 3, 8 / 9])  # step: as shares of max_steps
     gamma: float = _f(0.1, low=0.0, high=1.0)  # step: lr factor at each milestone
-    freeze_bn_at: float = _f(1.0, low=0.0, high=1.0)  # share of the run after which BN is frozen; 1 = never
+    freeze_bn_at: float = _f(1.0, low=0.0)  # point of the run from which BN is frozen; as a share, 1 = never
+    # What freeze_bn_at counts: a share of max_steps, steps, or epochs (passes over the training images, as 1.5).
+    freeze_bn_unit: str = _f("share", one_of=("share", "step", "epoch"))
     freeze_bn_statistics: str = _f("precise", one_of=("precise", "ema"))  # what it is frozen with
     # BatchRenorm's ramp and CBN's burn-in follow max_steps; false = as norm_options (or the papers' long runs) say.
     scale_ramps: bool = True

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from leakfree.errors import LeakfreeError
 from leakfree.norms.batch_group import BatchGroupNorm
+from leakfree.norms.cached_proxy import CachedProxyNorm
 from leakfree.norms.foreign import examine, is_batch_norm
 from leakfree.norms.frozen import FrozenBatchNorm
-from leakfree.norms.fused import ACTIVATION_MODULES, FusedActivation, fuse_activation
+from leakfree.norms.fused import FusedActivation
 from leakfree.norms.partitioned import PartitionedBatchNorm
 from leakfree.norms.proxy import ProxyNorm
 
@@ -53,6 +54,7 @@ class NormMap:
         dim: 1, 2 or 3 where the norm says of what inputs it is.
         stays: the rest of the norm, which takes its place, under the same state dict keys.
         refused: side of a layer ("before" or "after" the norm) -> why the map cannot go there.
+        cached: what computes the same as the norm with less work, for its place where no layer takes the map.
     """
 
     scale: Tensor
@@ -60,6 +62,7 @@ class NormMap:
     dim: int | None
     stays: nn.Module
     refused: dict[str, str]
+    cached: nn.Module | None = None
 
 
 def norm_map(norm: nn.Module) -> NormMap:
@@ -112,14 +115,13 @@ def norm_map(norm: nn.Module) -> NormMap:
 
 def _proxy_map(norm: ProxyNorm) -> NormMap:
     """``(z - E) / sqrt(Var + eps)`` of the activated z; what comes before, GN and the activation, stays."""
+    if type(norm).forward is not ProxyNorm.forward:
+        raise Unfoldable(f"{type(norm).__name__} overrides ProxyNorm.forward, so it may do more")
     mean, var = (moment.double() for moment in norm.proxy_moments())
     scale = torch.rsqrt(var + norm.eps)
-    before = nn.GroupNorm(norm.num_groups, norm.num_features, norm.norm_eps)
-    before.register_parameter("weight", norm.weight)
-    before.register_parameter("bias", norm.bias)
-    stays = fuse_activation(before, nn.Identity(), ACTIVATION_MODULES[norm.activation]())
-    stays.training = norm.training
-    return NormMap(scale, -mean * scale, None, stays, {"before": "its map is constant only behind its activation"})
+    stays = CachedProxyNorm(norm, standardizes=False)
+    refused = {"before": "its map is constant only behind its activation"}
+    return NormMap(scale, -mean * scale, None, stays, refused, CachedProxyNorm(norm))
 
 
 @torch.no_grad()

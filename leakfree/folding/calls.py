@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from leakfree.folding.arithmetic import is_layer, is_norm
 from leakfree.norms.calls import called_modules, name_of, only_argument, trace_parts
+from leakfree.norms.proxied_activation import HasActivated, ProxiedActivation
 
 __all__ = ["Calls"]
 
@@ -32,6 +33,7 @@ class Calls:
         self._called: dict[fx.Node, nn.Module] = {}
         self._used_otherwise: set[nn.Module] = set()
         self._pass_on: set[nn.Module] = set()
+        self._passing: set[fx.Node] = set()  # calls of modules that elsewhere do something
         # First see through modules without norms, whose layers may be followed by one; these need not be traceable.
         graphs, self.untraced = trace_parts(model, is_norm, (_is_leaf, _is_leaf_or_without_norm), constants=True)
         for part, graph in graphs:
@@ -63,15 +65,18 @@ class Calls:
         module = self._called.get(before)
         if module is None:
             return _name(before)
-        return self._feeder(before) if module in self._pass_on else module
+        return self._feeder(before) if self._passes(before) else module
 
     def _consumers(self, node: fx.Node) -> Iterator[nn.Module | str]:
         for user in node.users:
             module = self._called.get(user)
-            if module is not None and module in self._pass_on:
+            if self._passes(user):
                 yield from self._consumers(user)
             elif not _asks_for_metadata(user):
                 yield module if module is not None else _name(user)
+
+    def _passes(self, node: fx.Node) -> bool:
+        return self._called.get(node) in self._pass_on or node in self._passing
 
     def _read(self, part: nn.Module, graph: fx.Graph) -> None:
         for node in graph.nodes:
@@ -86,6 +91,11 @@ class Calls:
                 not module.training and (kind in _PASS_ON_IN_EVAL or kind.__name__ in _PASS_ON_BY_NAME)
             ):
                 self._pass_on.add(module)
+            if isinstance(module, ProxiedActivation):
+                before = only_argument(node)
+                source = None if before is None else self._called.get(before)
+                if isinstance(source, HasActivated) and source.tells:
+                    self._passing.add(node)
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -46,6 +46,7 @@ class FoldReport:
 
     Attributes:
         folded: one for each norm that is gone.
+        cached: path -> why no layer takes its map, for each ProxyNorm whose proxy statistics became constants.
         left: path -> reason, for the norms that are still there.
         untraced: path -> error, for the modules whose forward could not be traced; where norms in them were
             called cannot be seen, except for what their own children call.
@@ -54,14 +55,18 @@ class FoldReport:
     folded: tuple[Fold, ...]
     left: dict[str, str]
     untraced: dict[str, str]
+    cached: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [(fold.norm, f"into {', '.join(fold.layers)}, {fold.side} it") for fold in self.folded]
+        rows += [(path, f"cached: {reason}") for path, reason in self.cached.items()]
         rows += [(path, f"left: {reason}") for path, reason in self.left.items()]
         rows += [(path or "model", f"not traced: {error}") for path, error in self.untraced.items()]
         width = max((len(path) for path, _ in rows), default=0)
         lines = [f"{path.ljust(width)}  {text}" for path, text in rows]
-        return "\n".join([f"{len(self.folded)} of {len(self.folded) + len(self.left)} norms folded", *lines])
+        total = len(self.folded) + len(self.cached) + len(self.left)
+        cached = f", {len(self.cached)} cached" if self.cached else ""
+        return "\n".join([f"{len(self.folded)} of {total} norms folded{cached}", *lines])
 
 
 def fold_norms(
@@ -84,6 +89,11 @@ def fold_norms(
     Layers: torch's own Conv, ConvTranspose and Linear, and timm's Conv2dSame; subclasses that change their
     weight (weight standardization) are left. A Linear is taken to map (N, C).
 
+    A ProxyNorm is constant behind its activation, so it goes into the layer after it; norm and activation stay.
+    Where no layer takes it (zeros padded behind it, a pooling, a sum), its proxy statistics become constants in
+    its place: the same function for any layer behind it, without the quadrature. Behind an activation that it
+    shares with others (see :func:`leakfree.norms.replace_norm_activation_pairs`) it is folded too.
+
     Which layer feeds which norm is found by ``torch.fx``: a layer is folded only if all its calls feed this
     norm, and nothing else, so that a shared layer is folded once, or not at all. The trace is that of eval
     with default arguments: a forward that other arguments lead elsewhere, and layers that are called from outside
@@ -101,7 +111,8 @@ def fold_norms(
         inplace: change ``model`` itself instead of a copy.
 
     Returns:
-        The folded model, and what was folded, what not, and why. The model given is unchanged unless ``inplace``.
+        The folded model, and what was folded, what cached, what not, and why. The model given is unchanged unless
+        ``inplace``.
 
     Raises:
         LeakfreeError: a model in training mode; ``where`` without a match; a pair that does not exist or cannot be
@@ -128,7 +139,23 @@ def fold_norms(
         return model, FoldReport(tuple(folds), left, {})
     calls = Calls(model)
     folds, left = _fold_all(model, norms, calls, paths)
-    return model, FoldReport(tuple(folds), left, calls.untraced)
+    cached = _cache(model, [norm for norm in norms if paths[norm] in left], paths)
+    reasons = {path: left.pop(path) for path in cached}
+    return model, FoldReport(tuple(folds), left, calls.untraced, reasons)
+
+
+def _cache(model: nn.Module, norms: list[nn.Module], paths: dict[nn.Module, str]) -> list[str]:
+    """Put what computes the same with less work in the place of those ``norms`` that have such a thing."""
+    done = []
+    for norm in norms:
+        try:
+            cached = norm_map(norm).cached
+        except Unfoldable:
+            continue  # the report has its reason
+        if cached is not None:
+            _replace(model, norm, cached)
+            done.append(paths[norm])
+    return done
 
 
 def _fold_all(

@@ -1,9 +1,10 @@
 """Normalization layers by name, and the conversion of whole models."""
 
+from leakfree.norms.attachment import attach_convolutions
 from leakfree.norms.batch_group import BatchGroupNorm
 from leakfree.norms.blocks import substitute_block_norms
 from leakfree.norms.convert import ConversionReport, LayerConversion, convert_norms, plan_conversion
-from leakfree.norms.cross_iteration import CrossIterationBatchNorm, attach_convolutions
+from leakfree.norms.cross_iteration import CrossIterationBatchNorm
 from leakfree.norms.domains import domain
 from leakfree.norms.embeddings import BatchNormEmbeddings, DomainMixture
 from leakfree.norms.enhanced import InstanceEnhancementBatchNorm

@@ -14,8 +14,9 @@ from leakfree.errors import ConfigError, LeakfreeError
 from leakfree.norms.foreign import examine, is_batch_norm
 from leakfree.norms.fused import ACTIVATION_MODULES, activation_name, fuse_activation
 from leakfree.norms.handover import carry_over, kept_and_lost, place
+from leakfree.norms.options import accepted_options
 from leakfree.norms.per_domain import DomainBatchNorm
-from leakfree.norms.registry import NORMS, accepted_options, build_norm
+from leakfree.norms.registry import NORMS, build_norm
 
 __all__ = ["ConversionReport", "LayerConversion", "convert_norms", "plan_conversion"]
 

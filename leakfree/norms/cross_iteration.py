@@ -1,47 +1,30 @@
 """Cross-Iteration BN: the statistics of the last iterations, corrected for how the weights have moved since.
 
-Legend: C channels, K - 1 past iterations, and of the convolution before: G groups, P numbers in a patch, W (C, P),
-b (C,). E is the mean over rows and positions.
+When a forward is one of plain BN, of which past it takes the average, and which forwards it refuses; the past itself
+is kept in :mod:`leakfree.norms.window`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from leakfree.errors import ConfigError, LeakfreeError
-from leakfree.norms.blocked import Rows, product_sums
-from leakfree.norms.calls import called_modules, name_of, trace_parts
+from leakfree.errors import LeakfreeError
 from leakfree.norms.moments import BatchMoments
-from leakfree.norms.partitioned import BatchNorm
 from leakfree.norms.past import Past
-from leakfree.norms.patches import (
-    CONVOLUTIONS,
-    Call,
-    Convolution,
-    Tap,
-    output_covariance,
-    patch_covariance,
-    patch_mean,
-    why_unsupported,
-)
+from leakfree.norms.patches import Call
+from leakfree.norms.present_weights import PresentWeight
 from leakfree.norms.statistics import Moments
+from leakfree.norms.window import Counter, WindowedBatchNorm
 from leakfree.partition import Partition
 
-__all__ = ["CrossIterationBatchNorm", "attach_convolutions"]
-
-_TABLES = ("window_mean", "window_var")
-_SLOPES = ("window_patch", "window_slope", "window_anchor")
-_EXACT = ("window_scatter", "window_weight")
-_WINDOW = ("window_forwards", *_TABLES, *_SLOPES, *_EXACT)
+__all__ = ["CrossIterationBatchNorm"]
 
 
-class CrossIterationBatchNorm(BatchNorm):
+class CrossIterationBatchNorm(WindowedBatchNorm):
     """CBN: a batch is normalized with its own moments and those of the last ``window - 1`` iterations, averaged.
 
     The moments of a past iteration are taken to the present weights of the convolution before the norm (its own
@@ -105,15 +88,6 @@ class CrossIterationBatchNorm(BatchNorm):
     convolution is compensated for like its weight; iterations weigh alike, whatever their number of rows.
     """
 
-    window_forwards: Tensor
-    window_mean: Tensor
-    window_var: Tensor
-    window_patch: Tensor | None
-    window_slope: Tensor | None
-    window_anchor: Tensor | None
-    window_scatter: Tensor | None
-    window_weight: Tensor | None
-
     def __init__(
         self,
         num_features: int,
@@ -128,35 +102,16 @@ class CrossIterationBatchNorm(BatchNorm):
         dim: int | None = None,
         **options: object,
     ) -> None:
-        super().__init__(num_features, dim=dim, **options)  # type: ignore[arg-type]
-        if window < 1:
-            raise ValueError(f"window must be at least 1 iteration, got {window}")
-        if rho < 0:
-            raise ValueError(f"rho must be at least 0, got {rho}")
-        for option, value, valid in (
-            ("guard", guard, ("max", "drop")),
-            ("moments", moments, ("taylor", "exact")),
-            ("ramp", ramp, ("two_stage", "linear")),
-        ):
-            if value not in valid:
-                raise ValueError(f"{option} must be {valid[0]!r} or {valid[1]!r}, got {value!r}")
+        super().__init__(num_features, window=window, rho=rho, guard=guard, moments=moments, dim=dim, **options)
+        self._choose("ramp", ramp, ("two_stage", "linear"))
         if not self.track_running_stats:
             raise ValueError("CBN counts its burn-in in num_batches_tracked: track_running_stats must be True")
-        self.window = window
         self.burn_in = burn_in
-        self.rho = rho
-        self.guard = guard
-        self.moments = moments
         self.ramp = ramp
         self.several_calls = several_calls
         self._past = Past(type(self).__name__)
-        self._tap: Tap | None = None
         self._last: weakref.ref[_Graph] | None = None  # the last training forward, until its graph is gone
-        self._done, self._pushed = _Count(), _Count()
-        tables = {name: torch.zeros(window - 1, num_features, dtype=torch.float64) for name in _TABLES}
-        tables["window_forwards"] = torch.zeros((), dtype=torch.int64)
-        for name in _WINDOW:
-            self.register_buffer(name, tables.get(name))
+        self._done = Counter()
 
     def extra_repr(self) -> str:
         own = ("window", "burn_in", "rho", "guard", "moments", "ramp")
@@ -175,122 +130,6 @@ class CrossIterationBatchNorm(BatchNorm):
     @property
     def _is_plain(self) -> bool:
         return False
-
-    # ------------------------------------------------------------------------------- the convolution
-
-    @property
-    def needs_convolution(self) -> bool:
-        return self.window > 1 and self.rho > 0
-
-    @property
-    def convolution(self) -> nn.Module | None:
-        """The convolution attached."""
-        return None if self._tap is None else self._tap.conv
-
-    @property
-    def listens(self) -> bool:
-        """Whether the next forward needs what the convolution saw."""
-        return self.needs_convolution and self.training and not self.frozen and not self._measured
-
-    def why_not(self, conv: nn.Module) -> str | None:
-        """What keeps the norm from being attached to ``conv``; None if nothing does."""
-        reason = why_unsupported(conv)
-        if reason is None and conv.out_channels != self.num_features:
-            return f"the convolution has {conv.out_channels} output channels, the norm {self.num_features}"
-        return reason
-
-    def attach(self, conv: nn.Module) -> None:
-        """Tell the norm which convolution makes its input; ``nn.Conv1d``, ``2d`` or ``3d``, grouped or not.
-
-        The convolution stays where it is in the model: it is no submodule of the norm. Several norms may be attached
-        to one. A copy of the model is attached within itself. The window starts empty, unless it was loaded into a
-        norm that was not attached yet.
-
-        Raises:
-            ConfigError: no plain convolution, or one with another number of output channels.
-        """
-        reason = self.why_not(conv)
-        if reason is not None:
-            raise ConfigError(f"{self._name}: cannot be attached to {conv}: {reason}")
-        if not self.needs_convolution or (self._tap is not None and self._tap.conv is conv):
-            return
-        assert isinstance(conv, CONVOLUTIONS)
-        moved = self._tap is not None
-        if self._tap is not None:
-            self._tap.leave(self)
-        self._tap = Tap.of(conv, self)
-        past, width = self.window - 1, conv.weight[0].numel()
-        shapes: dict[str, tuple[int, ...]] = {
-            "window_patch": (past, conv.groups, width),
-            "window_slope": (past * self.num_features, *conv.weight.flatten(2).shape[1:]),
-            "window_anchor": (past, 2, self.num_features),
-        }
-        if self.moments == "exact":
-            shapes["window_scatter"] = (past, conv.groups * width, width)
-            shapes["window_weight"] = (past, self.num_features, width)
-        held = {name: None if (table := getattr(self, name)) is None else tuple(table.shape) for name in shapes}
-        if moved or held != shapes:
-            dtype = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
-            for name, shape in shapes.items():
-                kind = torch.float64 if name == "window_anchor" else dtype
-                setattr(self, name, torch.zeros(shape, dtype=kind, device=conv.weight.device))
-            self.reset_window()
-        self._match_layout()
-
-    def _match_layout(self) -> None:
-        """Lay ``window_slope`` out in memory as the weight is, so that they are read together without a copy."""
-        if self._tap is not None and self.window_slope is not None:
-            last = _is_last(self._tap.conv.weight.flatten(2))
-            if last != _is_last(self.window_slope):
-                ordered = self.window_slope.transpose(1, 2) if last else self.window_slope
-                self.window_slope = ordered.contiguous().transpose(1, 2) if last else ordered.contiguous()
-
-    @property
-    def _name(self) -> str:
-        return f"{type(self).__name__}({self.num_features})"
-
-    # ------------------------------------------------------------------------------- the window
-
-    @torch.no_grad()
-    def reset_window(self) -> None:
-        """Forget the past iterations; for weights that were changed by other means than training."""
-        for name in _WINDOW:
-            table = getattr(self, name)
-            if table is not None:
-                table.zero_()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        window = [getattr(self, name) for name in _WINDOW]
-
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            narrowed = moved.dtype.itemsize < tensor.dtype.itemsize and any(tensor is table for table in window)
-            return tensor.to(moved.device) if narrowed else moved
-
-        super()._apply(keep_precision, recurse)
-        self._match_layout()
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        for name in (*_SLOPES, *_EXACT):  # not attached yet: the shapes are the checkpoint's
-            saved = state_dict.get(prefix + name)
-            if saved is not None and getattr(self, name) is None and self.needs_convolution and self._tap is None:
-                setattr(self, name, torch.empty_like(saved, device=self.running_mean.device))  # type: ignore[union-attr]
-        arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(*arguments)
-        absent = {prefix + name for name in _WINDOW if getattr(self, name) is not None} - state_dict.keys()
-        if absent:
-            missing_keys[:] = [key for key in missing_keys if key not in absent]
-            self.reset_window()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}  # a copy has no graph
@@ -355,7 +194,7 @@ class CrossIterationBatchNorm(BatchNorm):
                 "batch), pass several_calls=True"
             )
 
-    def _source(self, call: Call | None, x: Tensor) -> _Present:
+    def _source(self, call: Call | None, x: Tensor) -> PresentWeight:
         """The convolution that made ``x`` in its last ``call``."""
         if self._tap is None:
             raise LeakfreeError(
@@ -372,7 +211,7 @@ class CrossIterationBatchNorm(BatchNorm):
                 f"{self._name}: its input is not the last output of the convolution that it is attached to: it was "
                 "changed in between, or comes from elsewhere; attach the convolution right before the layer"
             )
-        return _Present.of(self._tap.conv)
+        return PresentWeight.of(self._tap.conv)
 
     def _averaged(self, batch: BatchMoments, past: tuple[Tensor, ...]) -> Tensor:
         """The batch normalized with its own moments averaged with those of the past."""
@@ -388,144 +227,6 @@ class CrossIterationBatchNorm(BatchNorm):
         shift = -mean * scale
         return batch.affine(scale, shift if self.bias is None else shift + self.bias.double())
 
-    @torch.no_grad()
-    def _compensated(self, wanted: int, conv: _Present | None) -> tuple[Tensor, ...]:
-        """(share, mean, var) of up to ``wanted`` past iterations at the present weights, float64 (iterations, C) each.
-
-        ``share`` is 0 or 1.
-        """
-        mean, var = self.window_mean.clone(), self.window_var
-        if conv is not None:
-            patches, slopes, anchors = self._derivatives
-            mean_step, slope_step = (torch.stack([conv.linear(patches), conv.products(slopes)], 1) - anchors).unbind(1)
-            change = 2 * slope_step
-            if self.window_scatter is not None and self.window_weight is not None:
-                change += conv.remainder(self.window_weight, self.window_scatter) + mean_step.square()
-            # nu' - mean'^2 with nu' = nu + rho * (change + 2 mean * mean_step), mean' = mean + rho * mean_step
-            var = var + self.rho * change - (self.rho * mean_step).square()
-            mean += self.rho * mean_step
-        share = (var >= 0).double() if self.guard == "drop" else torch.ones_like(var)
-        past = (share, mean, var.clamp(min=0))
-        pushed, size = self._pushed.read(self.window_forwards), len(mean)
-        slots = [(pushed - 1 - age) % size for age in range(min(pushed, wanted))]
-        if len(slots) == size:
-            return past  # all, in any order
-        return tuple(torch.stack([table[slot] for slot in slots]) if slots else table[:0] for table in past)
-
-    @torch.no_grad()
-    def _push(self, y: Tensor, mean: Tensor, var: Tensor, conv: _Present | None, seen: Tensor | None) -> None:
-        """Put a batch in the place of the oldest.
-
-        Args:
-            y: the batch; mean, var: its moments, float64 (C,).
-            seen: the input of which ``conv`` made ``y``.
-        """
-        pushed = self._pushed.read(self.window_forwards)
-        place = pushed % len(self.window_mean)
-        self.window_mean[place], self.window_var[place] = mean, var
-        if conv is not None:
-            assert seen is not None
-            patches, slopes, anchors = self._derivatives
-            patches[place] = patch_mean(seen, conv.conv)
-            slope = slopes[place * len(mean) : (place + 1) * len(mean)]
-            output_covariance(seen, y, mean, var, conv.conv, out=slope)
-            anchors[place] = torch.cat([conv.linear(patches[place : place + 1]), conv.products(slope)])
-            if self.window_scatter is not None and self.window_weight is not None:
-                self.window_scatter[place] = patch_covariance(seen, conv.conv).flatten(0, 1)
-                self.window_weight[place] = conv.weight.flatten(1)
-        self.window_forwards.add_(1)
-        self._pushed.know(self.window_forwards, pushed + 1)
-
-    @property
-    def _derivatives(self) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.window_patch is not None
-        assert self.window_slope is not None
-        assert self.window_anchor is not None
-        return self.window_patch, self.window_slope, self.window_anchor
-
-
-class _Count:
-    """A counter on a device, for which the host waits only where others have changed it."""
-
-    def __init__(self) -> None:
-        self._known: tuple[Tensor, int, int] | None = None  # the counter, its version, its value
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_known": None}  # a copy counts by itself
-
-    def read(self, counter: Tensor) -> int:
-        if counter.is_inference():  # has no version
-            return int(counter)
-        if self._known is None or self._known[0] is not counter or self._known[1] != counter._version:
-            self.know(counter, int(counter))
-        assert self._known is not None
-        return self._known[2]
-
-    def know(self, counter: Tensor, value: int) -> None:
-        """Take note that the counter is now at ``value``."""
-        self._known = None if counter.is_inference() else (counter, counter._version, value)
-
-
-def _is_last(table: Tensor) -> bool:
-    """Whether channels come last in the memory of ``table`` (rows, channels, positions)."""
-    return not table.is_contiguous() and table.transpose(1, 2).is_contiguous()
-
-
-@dataclass(frozen=True)
-class _Present:
-    """A convolution with its present weight, (C, input channels of a group, kernel positions); constants.
-
-    What :meth:`linear` and :meth:`products` are under other weights is compared, so that few of their digits remain.
-    So they are no matrix products in what a GPU may take for float32 (TF32).
-    """
-
-    conv: Convolution
-    weight: Tensor  # at least float32
-
-    @staticmethod
-    def of(conv: Convolution) -> _Present:
-        weight = conv.weight.detach().flatten(2)
-        return _Present(conv, weight if weight.dtype == torch.float64 else weight.float())
-
-    @staticmethod
-    def _flat(table: Tensor, last: bool) -> Tensor:
-        """(rows, input channels, kernel positions) -> (rows, P), the order of P being that of the weight's memory."""
-        return (table.transpose(1, 2) if last else table).flatten(1)
-
-    def linear(self, patches: Tensor) -> Tensor:
-        """``<E[p], W> + b`` for each of ``patches`` (K, G, P): float64 (K, C)."""
-        last, groups = _is_last(self.weight), self.conv.groups
-        wide = torch.float64 if patches.device.type != "cpu" else self.weight.dtype
-        columns = self._flat(patches.reshape(-1, *self.weight.shape[1:]), last).view(patches.shape).transpose(0, 1)
-        weight = self._flat(self.weight, last).unflatten(0, (groups, -1))
-        with torch.autocast(patches.device.type, enabled=False):
-            sums = columns.to(wide) @ weight.to(wide).transpose(1, 2)  # (G, K, C / G)
-        sums = sums.transpose(0, 1).flatten(1).double()
-        return sums if self.conv.bias is None else sums + self.conv.bias.detach().double()
-
-    def products(self, slopes: Tensor) -> Tensor:
-        """``<S, W>`` for the S of ``slopes``, (K * C, input channels, kernel positions): float64 (K, C)."""
-        last = _is_last(slopes)
-        weight = self._flat(self.weight, last)
-        table = self._flat(slopes, last).to(weight.dtype).unflatten(0, (-1, len(weight)))
-        if slopes.device.type == "cpu":
-            with torch.autocast("cpu", enabled=False):
-                return (weight[:, None] @ table.permute(1, 2, 0))[:, 0].t().double()
-        rows = Rows.of(weight[None])
-        return torch.cat([product_sums(rows.match(each[None]), rows, None)[1] for each in table]).double()
-
-    def remainder(self, before: Tensor, scatter: Tensor) -> Tensor:
-        """``dW^T Cov(p, p) dW``, of second order, float64 (K - 1, C).
-
-        Args:
-            before: W of past iterations, (K - 1, C, P).
-            scatter: their Cov(p, p), (K - 1, G * P, P).
-        """
-        groups = (self.conv.groups, -1)
-        step = (self.weight.flatten(1) - before).unflatten(1, groups)
-        with torch.autocast(scatter.device.type, enabled=False):
-            return ((step @ scatter.unflatten(1, groups)) * step).sum(-1).flatten(1).double()
-
 
 class _Graph:
     """A hook on a forward's result: it lives as long as the graph, and is told of the backward."""
@@ -535,91 +236,3 @@ class _Graph:
 
     def __call__(self, gradient: Tensor) -> None:
         self.waits = False
-
-
-# ------------------------------------------------------------------------------- finding the convolutions
-
-
-def attach_convolutions(model: nn.Module) -> dict[str, str]:
-    """Attach every CBN of ``model`` that needs a convolution to the one that makes its input.
-
-    Which that is tells ``torch.fx``, where it can follow the model, or the largest parts of it that it can. In what
-    remains, a norm belongs to the convolution that stands right before it in the same module. Norms that are attached
-    to a convolution of this model keep it.
-
-    Returns:
-        the path of each norm -> the path of its convolution.
-
-    Raises:
-        ConfigError: the model has no CBN; or a norm whose convolution cannot be told, or is none that a norm can be
-            attached to; names its path. Nothing is attached then.
-
-    Example:
-        >>> model = convert_norms(resnet18(), "CBN", burn_in=1000)    # doctest: +SKIP
-        >>> attach_convolutions(model)["layer1.0.bn1"]                # doctest: +SKIP
-        'layer1.0.conv1'
-    """
-    paths = {module: path for path, module in model.named_modules()}
-    if not any(isinstance(module, CrossIterationBatchNorm) for module in paths):
-        raise ConfigError("attach_convolutions: the model has no CBN; build or convert its norms first")
-    wanting = [norm for norm in paths if isinstance(norm, CrossIterationBatchNorm) and norm.needs_convolution]
-    new = [norm for norm in wanting if norm.convolution not in paths]
-    sources: dict[nn.Module, set[nn.Module | str]] = {}
-    for module, source in _sources(model) if new else ():
-        sources.setdefault(module, set()).add(source)
-    for norm, source in _standing_before(model):
-        sources.setdefault(norm, {source})
-    pairs = {norm: _only_source(norm, paths[norm], sources[norm]) for norm in new}
-    for norm, conv in pairs.items():
-        norm.attach(conv)
-    return {paths[norm]: paths[norm.convolution] for norm in wanting if norm.convolution is not None}
-
-
-def _only_source(norm: CrossIterationBatchNorm, path: str, sources: set[nn.Module | str]) -> nn.Module:
-    """The one convolution among the ``sources`` of a norm's input; a ConfigError if there is not just that."""
-    problem = f"its input comes from {len(sources)} different places"
-    if len(sources) == 1:
-        (source,) = sources
-        if isinstance(source, nn.Module):
-            reason = norm.why_not(source)
-            if reason is None:
-                return source
-            problem = f"the module before it cannot be attached: {reason}"
-        else:
-            problem = f"its input comes from {source}, not from a convolution"
-    raise ConfigError(
-        f"attach_convolutions: {path or 'model'}: {problem}; attach a convolution yourself (the norm's attach(conv)), "
-        "keep another norm there, or take rho=0"
-    )
-
-
-def _is_cbn(module: nn.Module) -> bool:
-    return isinstance(module, CrossIterationBatchNorm)
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return _is_cbn(module) or next(module.children(), None) is None  # what one without children does is not asked
-
-
-def _sources(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | str]]:
-    """(norm, the module or a word for what makes its input) for each call of a CBN that can be followed."""
-    for part, graph in trace_parts(model, _is_cbn, [_is_leaf])[0]:
-        calls = called_modules(part, graph)
-        for node in (node for node, module in calls.items() if _is_cbn(module)):
-            source: Any = node.args[0] if node.args else node.kwargs["input"]
-            while isinstance(calls.get(source), nn.Identity):
-                source = source.args[0]
-            if source.op != "placeholder":
-                yield calls[node], calls.get(source) or name_of(source)
-
-
-def _standing_before(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | str]]:
-    """(norm, the module registered before it in the same parent, or a word for nothing) for each CBN."""
-    for parent in model.modules():
-        before: nn.Module | str = "outside of its module"
-        for child in parent.children():
-            if isinstance(child, CrossIterationBatchNorm):
-                yield child, before
-            before = child
-    if isinstance(model, CrossIterationBatchNorm):
-        yield model, "outside of its module"

@@ -79,6 +79,9 @@ class MemorizedBatchNorm(BatchNorm):
         self._refreshes = False  # see double_forward
         self._refreshed = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_refreshes": False}  # a copy made inside of double_forward is outside of it
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, memory={self.memory}, decay={self.decay}"
 

@@ -8,43 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import nn
 
 from leakfree.errors import ConfigError
 from leakfree.norms.calls import called_modules, only_argument, trace
 from leakfree.norms.foreign import examine, is_batch_norm
 from leakfree.norms.fused import activation_name
 from leakfree.norms.handover import carry_over, kept_and_lost, place
+from leakfree.norms.proxied_activation import ProxiedActivation
 from leakfree.norms.proxy import ProxyNorm
 from leakfree.norms.registry import build_norm
-from leakfree.norms.traced import traced_call
 
 __all__ = ["ProxiedActivation", "replace_norm_activation_pairs"]
-
-
-class ProxiedActivation(nn.Module):
-    """An activation that several layers share, some of them a ProxyNorm, which has applied it already.
-
-    What comes from such a ProxyNorm passes as it is, everything else (a residual sum) is activated.
-    """
-
-    def __init__(self, activation: nn.Module) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return traced_call(self, input)
-        if getattr(input, "_is_activated", False):
-            input._is_activated = False  # type: ignore[attr-defined]  # for this activation only
-            return input
-        y: Tensor = self.activation(input)
-        return y
-
-
-def _mark_activated(norm: nn.Module, args: Any, output: Tensor) -> None:
-    # On the tensor, not in a module: copies of the model, its replicas and threads stay apart.
-    output._is_activated = True  # type: ignore[attr-defined]
 
 
 def replace_norm_activation_pairs(model: nn.Module, where: str | None = None, **options: Any) -> dict[str, str]:
@@ -94,7 +69,7 @@ def replace_norm_activation_pairs(model: nn.Module, where: str | None = None, **
         if all(source in proxies for source in uses):
             replaced[pair.activation] = nn.Identity()
             continue
-        proxies[pair.norm].register_forward_hook(_mark_activated)
+        proxies[pair.norm].tells = True
         if not isinstance(pair.activation, ProxiedActivation) and pair.activation not in replaced:
             replaced[pair.activation] = ProxiedActivation(pair.activation)
     for parent in list(model.modules()):
@@ -195,10 +170,11 @@ def _activation_name(module: nn.Module) -> str | None:
     return activation_name(module.activation if isinstance(module, ProxiedActivation) else module)
 
 
-def _proxy_for(pair: _Pair, options: dict[str, Any]) -> nn.Module:
+def _proxy_for(pair: _Pair, options: dict[str, Any]) -> ProxyNorm:
     try:
         facts = examine(pair.norm)
         proxy = build_norm("ProxyNorm", facts.num_features, activation=pair.name, **options)
+        assert isinstance(proxy, ProxyNorm)
         kept_and_lost(pair.norm, pair.norm, proxy)  # refuses tensors of other shapes before anything is done
     except ConfigError as error:
         raise ConfigError(f"{pair.norm_path}: {error}") from error

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from leakfree.distributed import Group
 from leakfree.errors import LeakfreeError
 from leakfree.keeping import attributes_kept
+from leakfree.norms.functional import batch_statistics_transformed, is_transformed
 from leakfree.norms.statistics import partitioned_batch_norm
 from leakfree.norms.traced import traced_call
 from leakfree.partition import Partition, current_scope
@@ -123,6 +124,9 @@ class PartitionedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return traced_call(self, input)
         if torch.compiler.is_compiling() and self.training and not self._is_plain:
             return self._forward_eagerly(input)  # a compiler would not see that a forward is recomputed
+        if is_transformed() and self._takes_batch_statistics:
+            with batch_statistics_transformed(self):
+                return self._forward(input)
         return self._forward(input)
 
     @torch.compiler.disable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from leakfree.norms.enhanced import InstanceEnhancementBatchNorm
 from leakfree.norms.frozen import FrozenBatchNorm
 from leakfree.norms.independent import GroupNorm, InstanceNorm, LayerNorm, PositionalNorm
 from leakfree.norms.memorized import MemorizedBatchNorm
+from leakfree.norms.options import accepted_options, option_problems
 from leakfree.norms.partitioned import (
     BatchNorm,
     BatchStatBatchNorm,
@@ -27,7 +27,7 @@ from leakfree.norms.per_domain import DomainBatchNorm
 from leakfree.norms.proxy import ProxyNorm
 from leakfree.norms.renorm import BatchRenorm
 
-__all__ = ["NORMS", "accepted_options", "build_norm", "norm_layer"]
+__all__ = ["NORMS", "build_norm", "check_options", "norm_layer"]
 
 NORMS = Registry("NORMS")
 NORMS.__doc__ = """
@@ -59,20 +59,6 @@ for _name, _norm in {
     NORMS._do_register(_name, _norm)
 
 
-def accepted_options(norm: Any) -> set[str] | None:
-    """Names of the options that a registered norm takes, those of its base classes included; None = anything."""
-    names: set[str] = set()
-    for cls in norm.__mro__ if inspect.isclass(norm) else (norm,):
-        if cls in (nn.modules.batchnorm._BatchNorm, nn.Module, object):
-            break
-        parameters = list(inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters.values())
-        named = [item for item in parameters if item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)]
-        names |= {item.name for item in named} - {"self", "num_features", "dim"}
-        if not any(item.kind is item.VAR_KEYWORD for item in parameters):
-            return names
-    return names if inspect.isclass(norm) and issubclass(norm, nn.Module) else None
-
-
 def build_norm(name: str, num_features: int, *, dim: int = 2, **options: Any) -> nn.Module:
     """Build the norm ``name`` of :data:`NORMS` for inputs (N, num_features, *).
 
@@ -84,8 +70,8 @@ def build_norm(name: str, num_features: int, *, dim: int = 2, **options: Any) ->
             ``num_domains`` (DomainBN).
 
     Raises:
-        ConfigError: an unknown name or option (the valid ones are listed, nearest first), or a
-            required option missing.
+        ConfigError: an unknown name or option (the valid ones are listed, nearest first), an option of another type,
+            or a required option missing.
     """
     if name not in NORMS:
         raise ConfigError(f"unknown norm {name!r}; choose from {choices(name, [key for key, _ in NORMS])}")
@@ -94,12 +80,27 @@ def build_norm(name: str, num_features: int, *, dim: int = 2, **options: Any) ->
     for option in options:
         if valid is not None and option not in valid:
             raise ConfigError(f"norm {name} has no option {option!r}; it takes {choices(option, valid) or 'none'}")
+    for option, problem in option_problems(norm, options):
+        raise ConfigError(f"norm {name}: {option} {problem}")
     try:
         return norm(num_features, dim=dim, **options)
     except ConfigError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"norm {name} with options {options}: {error}") from error
+
+
+def check_options(name: str, options: dict[str, Any], key: str) -> None:
+    """See that ``options`` have the types that a norm of :data:`NORMS` takes.
+
+    Args:
+        key: the config section that holds ``norm_options``, for messages.
+
+    Raises:
+        ConfigError: an option of another type; names its key.
+    """
+    for option, problem in option_problems(NORMS.get(name), options):
+        raise ConfigError(f"{key}.norm_options.{option}: {problem} (norm {name})")
 
 
 def norm_layer(name: str, options: dict[str, Any], key: str) -> Callable[[int], nn.Module] | None:
@@ -109,13 +110,15 @@ def norm_layer(name: str, options: dict[str, Any], key: str) -> Callable[[int], 
         key: the config section that holds ``norm`` and ``norm_options``, for messages.
 
     Raises:
-        ConfigError: an unknown norm, at once; or an unknown option, when a layer is built.
+        ConfigError: an unknown norm, or an option of another type, at once; an unknown option, or one that does not
+            fit, when a layer is built.
     """
     if name == "none":
         return None
     if name not in NORMS:
         valid = choices(name, ["none", *(known for known, _ in NORMS)])
         raise ConfigError(f"{key}.norm: unknown norm {name!r}; choose from {valid}")
+    check_options(name, options, key)
 
     def build(num_features: int) -> nn.Module:
         try:

@@ -41,6 +41,8 @@ _HEADS = {
     "(b) random groups": "(b)",
     "(c) population": "(c)",
     "running averages": "run.",
+    "target domain": "targ.",
+    "mixture of domains": "mix.",
     "(a) − (b)": "(a)−(b)",
     "(a) − (c)": "(a)−(c)",
     "(d) − (b)": "(d)−(b)",
@@ -96,6 +98,8 @@ def print_comparison(variants: Sequence[Variant], console: Console, baseline: Va
         f"AP and accuracy x100. {structured}, (b) of random groups, (c) of the population; run.: running averages.\n"
         "* best   ! leak   ° stored statistics stand in for precise ones",
     )
+    if any(column.head in ("targ.", "mix.") for column in columns):
+        _print(console, "targ.: statistics of the target domain (AdaBN); mix.: mixture of domains (BN embeddings)")
     for number, entry in enumerate(tables.footnotes(variants), start=1):
         _print(console, f"[{number}] {'; '.join(entry)}")
     for sentence in (*found.sentences, *finding.cautions(variants)):

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from leakfree.report import finding, plots, svg, tables
-from leakfree.report.measures import LEAK_THRESHOLD, accuracy, ap, format_value, roi_accuracy
+from leakfree.report.measures import LEAK_THRESHOLD, accuracy, adapted, ap, format_value, roi_accuracy
 from leakfree.report.runs import Run, Variant, flatten
 
 __all__ = ["render"]
@@ -39,6 +39,8 @@ _MODES = {
     "random": "(b) random groups",
     "precise": "(c) precise population",
     "population": "(c) stored in the model",
+    "target": "target domain (AdaBN)",
+    "embeddings": "mixture of domains (BNE)",
 }
 
 
@@ -96,6 +98,7 @@ def _context(variants: Sequence[Variant], baseline: Variant | None) -> dict[str,
         "signature": plots.signature_panels(variants),
         "curves": plots.curve_panels(variants),
         "influence": plots.influence_panels(variants),
+        "adapted": any(measure.of(variant) for measure in adapted() for variant in variants),
         "of_images": variants[0].runs[0].record.task == "classification",
         "differences": tables.config_differences(variants, baseline or variants[0]),
         "environment": tables.environment_rows(runs),

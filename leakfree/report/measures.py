@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from leakfree.records import RunRecord
 from leakfree.report.runs import Spread, Variant
 
 __all__ = [
-    "COST", "HEADLINE", "LEAK", "LEAK_THRESHOLD", "Group", "Measure", "accuracy", "accuracy_gap", "ap", "format_range",
-    "format_value", "gap", "influence", "is_visible_leak", "leak_gap", "pair_gap", "pairs", "roi_accuracy",
-    "speaks_of_stored_statistics",
+    "COST", "HEADLINE", "LEAK", "LEAK_THRESHOLD", "Group", "Measure", "accuracy", "accuracy_gap", "adapted", "ap",
+    "format_range", "format_value", "gap", "influence", "is_visible_leak", "leak_gap", "pair_gap", "pairs",
+    "roi_accuracy", "speaks_of_stored_statistics",
 ]  # fmt: skip
 
 # A gap of RoI accuracy above this counts as a visible leak. Over the clean heads and seeds of the regime this
@@ -122,6 +123,15 @@ def accuracy() -> tuple[Measure, ...]:
     return _modes("accuracy", lambda record, mode: _result(record, mode, "accuracy"), ("same_class", "(d) one class"))
 
 
+def adapted() -> tuple[Measure, ...]:
+    """Accuracy of a classifier with statistics of the domain at hand, and with a mixture of known domains."""
+    heads = {"target": "target domain", "embeddings": "mixture of domains"}
+    return tuple(
+        Measure(f"accuracy.{mode}", head, partial(_result, mode=mode, metric="accuracy"), better="high")
+        for mode, head in heads.items()
+    )
+
+
 def gap(other: str) -> Measure:
     """The composition gap: RoI accuracy on val under (a) minus (b) ("random") or minus (c) ("precise")."""
     return _difference("gap", "a", roi_accuracy("val"), other)
@@ -195,7 +205,7 @@ HEADLINE = (
     Group("Box AP", ap("bbox")),
     Group("Mask AP", ap("segm")),
     Group("RoI accuracy gap", (gap("random"), gap("precise"))),
-    Group("Accuracy", accuracy()),
+    Group("Accuracy", (*accuracy(), *adapted())),
     Group("Accuracy gap", (accuracy_gap("random"), accuracy_gap("precise"))),
     Group("Influence", (influence("within_image", "in an image"), influence("between_images", "between images"))),
     Group("Influence of images", (_WITHIN, _BETWEEN)),

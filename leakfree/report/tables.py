@@ -120,7 +120,7 @@ def cost_table(variants: Sequence[Variant]) -> Table:
 def metric_table(variants: Sequence[Variant]) -> list[tuple[Variant, int, list[tuple[str, list[Cell]]]]]:
     """Every recorded result: per variant (with its index) and kind of statistics, one cell per metric."""
     metrics, notes = recorded_metrics(variants), footnotes(variants)
-    order = ["image", "same_class", "random", "precise", "population"]
+    order = ["image", "same_class", "random", "precise", "population", "target", "embeddings"]
     table = []
     for index, variant in enumerate(variants):
         modes = dict.fromkeys(mode for run in variant.runs for mode in run.record.results)
@@ -239,7 +239,10 @@ def describe(variant: Variant) -> str:
 
 def _frozen(flat: dict[str, Any]) -> list[str]:
     freeze = flat.get("schedule.freeze_bn_at")
-    return [f"frozen at {100 * freeze:.0f} %"] if isinstance(freeze, (int, float)) and freeze < 1 else []
+    unit = flat.get("schedule.freeze_bn_unit", "share")
+    if not isinstance(freeze, (int, float)) or (unit == "share" and freeze >= 1):
+        return []
+    return [f"frozen at {100 * freeze:.0f} %" if unit == "share" else f"frozen at {unit} {freeze:g}"]
 
 
 def shown(value: Any) -> str:

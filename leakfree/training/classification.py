@@ -43,6 +43,9 @@ class ClassificationTask:
             load_weights(self.model, weights, parts)
         self._accuracy: Tensor | None = None
 
+    def num_train_images(self) -> int:
+        return len(self.images["train"])
+
     def faults(self) -> list[str]:
         return []  # an image that cannot be read ends the run
 

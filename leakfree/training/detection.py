@@ -43,6 +43,9 @@ class DetectionTask:
         if weights:
             load_weights(self.model, weights, parts)
 
+    def num_train_images(self) -> int:
+        return len(self.datasets["train"])
+
     def faults(self) -> list[str]:
         return [f"data.{split}: {data.problems}" for split, data in self.datasets.items() if len(data.problems)]
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from leakfree import __version__
 from leakfree.config import config_to_dict
-from leakfree.config.schema import OptimizerConfig, RunConfig
+from leakfree.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from leakfree.distributed import get_rank, get_world_size
 from leakfree.errors import CheckpointError, ConfigError, RunError
 from leakfree.norms import NORMS, ProxyNorm
-from leakfree.schedules import FreezeBN, freeze_step, lr_factor
+from leakfree.schedules import Epochs, FreezeBN, Point, freeze_step, lr_factor
 from leakfree.state import load_buffers
 from leakfree.training.buffers import differing_buffers, pool_statistics, pooled_statistics
+from leakfree.training.logs import LOG
 from leakfree.training.tasks import Task
 
 __all__ = ["TrainingModule", "build_optimizer", "freeze_as_trained", "seed_step"]
@@ -47,13 +48,24 @@ class TrainingModule(L.LightningModule):
         self.losses: dict[str, Tensor] = {}
         self.seconds = 0.0
         self._own_buffers: dict[str, Tensor] = {}
-        self.freeze_bn = FreezeBN(at=config.schedule.freeze_bn_at)
-        if freeze_step(config.schedule.freeze_bn_at, config.schedule.max_steps) is not None and not any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules()
-        ):
+        self.freeze_bn = FreezeBN(at=_freeze_point(config.schedule))
+        self._steps_per_epoch = task.num_train_images() / config.trainer.total_batch_size
+        self._check_freezing()
+
+    def _check_freezing(self) -> None:
+        schedule, at = self.config.schedule, self.freeze_bn.at
+        step = freeze_step(at, schedule.max_steps, self._steps_per_epoch)
+        known = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        if step is not None and not known:
             raise ConfigError(
-                f"schedule.freeze_bn_at: is {config.schedule.freeze_bn_at}, but the model has no batch norm to freeze; "
-                "use 1 (never), or a batch norm"
+                f"schedule.freeze_bn_at: is {schedule.freeze_bn_at:g} ({schedule.freeze_bn_unit}), but the model has "
+                "no batch norm to freeze; use 1 as a share (never), or a batch norm"
+            )
+        if step is None and isinstance(at, Epochs) and get_rank() == 0:
+            LOG.warning(
+                "schedule.freeze_bn_at: has no effect: the run ends after %.4g epochs, before epoch %g",
+                schedule.max_steps / self._steps_per_epoch,
+                at.number,
             )
 
     # ------------------------------------------------------------------------------------- a step
@@ -69,6 +81,7 @@ class TrainingModule(L.LightningModule):
             self.model,
             self.global_step,
             self.config.schedule.max_steps,
+            steps_per_epoch=self._steps_per_epoch,
             before=(lambda _: self.task.estimate_statistics()) if precise else pool_statistics,
         )
 
@@ -138,6 +151,11 @@ class TrainingModule(L.LightningModule):
         self.freeze_bn.load_state_dict(state["freeze_bn"])
         self.seconds = state["seconds"]
         self._own_buffers = state["rank_buffers"][get_rank()]
+
+
+def _freeze_point(schedule: ScheduleConfig) -> Point:
+    at, unit = float(schedule.freeze_bn_at), schedule.freeze_bn_unit
+    return Epochs(at) if unit == "epoch" else int(at) if unit == "step" else at
 
 
 def freeze_as_trained(model: nn.Module, checkpoint: dict[str, Any]) -> None:

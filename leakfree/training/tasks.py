@@ -32,6 +32,9 @@ class Task(Protocol):
 
     model: nn.Module
 
+    def num_train_images(self) -> int:
+        """Images of an epoch."""
+
     def faults(self) -> list[str]:
         """One line for each data set that had to leave something out, as far as this rank has seen."""
 

@@ -121,6 +121,11 @@ def test_weights_are_frozen_by_part_with_their_statistics(make_config):
         (["model.norm=ProxyNorm", "model.norm_options={norm: BN}"], "model.norm_options: .*unknown norm='BN'"),
         (["model.freeze=[features]"], "model.freeze: freezing random weights"),
         (["model.freeze=[layer1]", "model.weights=x.pt"], "model.freeze: the model has no part 'layer1'"),
+        (
+            ["model.norm=GN", "model.norm_options={num_groups: a}"],
+            "model.norm_options.num_groups: must be a whole number",
+        ),
+        (["model.norm=ProxyNorm", "model.norm_options={eps: a}"], "model.norm_options.eps: must be a number, got 'a'"),
         (["model.norm=DomainBN", "model.norm_options={num_domains: 3}"], "model.norm_options.num_domains: is 3, but"),
     ],
 )

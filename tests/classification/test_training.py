@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 from leakfree.config import load_config
+from leakfree.data import build_images
 from leakfree.errors import CheckpointError, ConfigError, DataError
 from leakfree.norms import BatchRenorm, CrossIterationBatchNorm
 from leakfree.records import read_metrics, read_record
 from leakfree.schedules import burn_in_steps, renorm_ramp
 from leakfree.state import load_weights
 from leakfree.training import evaluate, train, work
+from leakfree.training.checkpoints import read_checkpoint
 from leakfree.training.classification import ClassificationTask
 from tests.ranks import run_ranks
 from tests.runs import launched, same, stop_at, weights_of
@@ -49,8 +51,9 @@ def test_a_run_leaves_curves_and_numbers_in_its_folder(make_config, tmp_path):
         ["model.norm=CBN", "schedule.burn_in=0.4"],
         ["model.norm=BatchRenorm"],
         ["schedule.freeze_bn_at=0.5"],
+        ["schedule.freeze_bn_at=3", "schedule.freeze_bn_unit=step"],
     ],
-    ids=["BN", "ShuffleBN", "MBN", "CBN", "BatchRenorm", "freeze"],
+    ids=["BN", "ShuffleBN", "MBN", "CBN", "BatchRenorm", "freeze", "freeze at a step"],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make_config, tmp_path, settings):
     whole = train(make_config("whole", *settings))
@@ -61,6 +64,17 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make_config, tmp_path, s
         assert same(weights_of(tmp_path / f"cut{stopped}"), weights_of(tmp_path / "whole"))
         assert record.results == whole.results
         assert record.leakage == whole.leakage
+
+
+@pytest.mark.parametrize(("at", "unit"), [(0.5, "share"), (3, "step"), (0.2, "epoch")])
+def test_batch_norms_freeze_at_a_share_a_step_or_an_epoch(make_config, tmp_path, at, unit):
+    """An epoch of the 1,200 training digits is 15 steps of 80 images; the run has 6."""
+    settings = [f"schedule.freeze_bn_at={at}", f"schedule.freeze_bn_unit={unit}", "trainer.checkpoint_period=1"]
+    assert len(build_images(make_config().data, "train")) == 1200
+    train(make_config("run", *settings, "leakage.enabled=false", "evaluation.statistics=[population]"))
+    names = [f"checkpoint_{step:07d}.pt" for step in range(1, 6)]
+    states = [read_checkpoint(tmp_path / "run" / name)["leakfree"]["freeze_bn"] for name in names]
+    assert [state["frozen_at"] for state in states] == [None, None, None, 3, 3]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -75,8 +89,12 @@ def test_every_config_trains_a_step_and_is_measured(path, tmp_path):
     frozen = ["schedule.freeze_bn_at=1.0"] if load_config(path).schedule.freeze_bn_at < 1 else []
     record = train(load_config(path, [f"output_dir={tmp_path}/run", *short, *small, *frozen]))
     assert record.status == "finished"
-    assert 0 <= record.results["precise"]["accuracy"] <= 1
-    mixes = record.results["random"] != {}
+    config = load_config(path)
+    assert list(record.results) == config.evaluation.statistics
+    values = {kind: values["accuracy"] for kind, values in record.results.items() if values}
+    assert {"precise", "embeddings"} & values.keys()
+    assert all(0 <= value <= 1 for value in values.values())
+    mixes = record.results.get("random") != {}
     assert (record.leakage["influence"]["total"] > 0) == mixes
     assert mixes == (path.stem.split("_")[1] not in ("GN", "LN", "IN", "PN", "ProxyNorm"))
 
@@ -85,6 +103,8 @@ def test_there_is_a_config_for_every_norm():
     named = {load_config(path).model.norm for path in CONFIGS}
     assert {"BN", "SyncBN", "GhostBN", "ShuffleBN", "BatchStatBN", "BatchRenorm", "BGN", "CBN", "MBN", "IEBN"} < named
     assert {"DomainBN", "GN", "LN", "IN", "PN", "ProxyNorm"} < named
+    measured = {kind for path in CONFIGS for kind in load_config(path).evaluation.statistics}
+    assert {"target", "embeddings"} < measured
     assert any(load_config(path).schedule.freeze_bn_at < 1 for path in CONFIGS)
 
 

@@ -37,9 +37,26 @@ def test_the_defaults_are_a_config(load, caplog):
         (
             ["evaluation.statistics=[]"],
             "evaluation.statistics",
-            ["is empty", "population, precise, random, same_class"],
+            ["is empty", "population, precise, random, same_class, target, embeddings"],
         ),
         (["evaluation.statistics=[image]"], "evaluation.statistics[0]", ["'image'", "same_class"]),
+        (["evaluation.statistics=[embeddings]"], "evaluation.statistics", ["model.norm is BN", "model.norm=DomainBN"]),
+        (
+            ["model.norm=DomainBN", "data.val.corruptions=[blur]", "evaluation.statistics=[embeddings, target]"],
+            "data.val.corruptions",
+            ["no statistics for blur", "evaluation.statistics=[embeddings]"],
+        ),
+        (
+            [
+                "model.norm=DomainBN",
+                "model.norm_options={running_statistics: shared}",
+                "evaluation.statistics=[embeddings]",
+            ],
+            "model.norm_options.running_statistics",
+            ["is shared", "running statistics of each domain"],
+        ),
+        (["evaluation.source_share=1.0"], "evaluation.source_share", ["below 1", "population"]),
+        (["evaluation.source_share=-0.1"], "evaluation.source_share", ["at least 0"]),
         (["trainer.num_processes=3"], "trainer.total_batch_size", ["3 ranks"]),
         (["data.min_size=[3]"], "data.min_size", ["unknown key"]),
         (["model.box_head.norm=BN"], "model.box_head.norm", ["unknown key", "model.norm"]),
@@ -63,6 +80,11 @@ def test_a_broken_rule_is_one_line_with_its_key(load, overrides, key, words):
         (["schedule.burn_in=0.5"], "schedule.burn_in", "norm CBN"),
         (["model.norm=CBN", "schedule.burn_in=0.5", "schedule.scale_ramps=false"], "schedule.burn_in", "norm CBN"),
         (["model.norm=CBN", "model.norm_options={burn_in: 9}"], "model.norm_options.burn_in", "scale_ramps=true"),
+        (["evaluation.source_share=0.5"], "evaluation.source_share", "without target in evaluation.statistics"),
+        (["evaluation.target_images=50"], "evaluation.target_images", "without target in evaluation.statistics"),
+        (["model.norm=LN", "evaluation.statistics=[target]"], "evaluation.statistics", "norm LN has no statistics"),
+        (["model.norm=BatchStatBN", "evaluation.statistics=[target]"], "evaluation.statistics", "of the test batch"),
+        (["model.norm=DomainBN", "evaluation.statistics=[embeddings]"], "evaluation.statistics", "one domain"),
         (["model.norm=BatchRenorm", "model.norm_options={ramp: null}"], "model.norm_options.ramp", "scale_ramps=true"),
     ],
 )
@@ -79,6 +101,13 @@ def test_a_setting_without_effect_is_one_warning(load, overrides, key, words, ca
     [
         ["data.composition=same_class", "data.group_size=8", "model.images_per_group=32"],
         ["model.norm=DomainBN", "data.train.corruptions=[none, blur]", "data.val.corruptions=[blur]"],
+        ["evaluation.statistics=[target]", "evaluation.source_share=0.5", "data.val.corruptions=[blur]"],
+        [
+            "model.norm=DomainBN",
+            "data.train.corruptions=[none, invert]",
+            "data.val.corruptions=[blur]",
+            "evaluation.statistics=[embeddings]",
+        ],
         ["model.norm=CBN", "schedule.burn_in=0.5"],
         ["model.norm=CBN", "model.norm_options={burn_in: 9}", "schedule.scale_ramps=false"],
         ["data.train.noise=0.1", "data.train.seed=4"],

@@ -909,7 +909,7 @@ def test_compiled_models_equal_eager_ones(backend):
     [
         ({"window": 0}, "window must be at least 1 iteration, got 0"),
         ({"burn_in": -1}, "burn_in must be a number of forwards, at least 0, got -1"),
-        ({"burn_in": 1.5}, "burn_in must be a number of forwards"),
+        ({"burn_in": 1.5}, "burn_in must be a whole number"),
         ({"rho": -1.0}, "rho must be at least 0"),
         ({"guard": "min"}, "guard must be 'max' or 'drop', got 'min'"),
         ({"moments": "second"}, "moments must be 'taylor' or 'exact'"),

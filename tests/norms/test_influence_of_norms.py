@@ -10,7 +10,7 @@ from torch import nn
 
 from leakfree.leakage import cross_sample_influence
 from leakfree.norms import NORMS, build_norm, domain
-from leakfree.norms.cross_iteration import attach_convolutions
+from leakfree.norms.attachment import attach_convolutions
 
 OPTIONS = {
     "GhostBN": {"group_size": 4},

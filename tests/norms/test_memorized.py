@@ -559,3 +559,16 @@ def test_a_single_value_is_normalized_with_the_batches_before_it():
 def test_bad_options_are_told(options, message):
     with pytest.raises(ConfigError, match=message):
         build_norm("MBN", C, **options)
+
+
+def test_a_copy_made_inside_of_double_forward_is_outside_of_it():
+    model = nn.Sequential(build_norm("MBN", 3)).train()
+    model(torch.randn(4, 3, 2, 2))
+    with double_forward(model):
+        twin = copy.deepcopy(model)
+        model(torch.randn(4, 3, 2, 2))
+    twin(torch.randn(4, 3, 2, 2))
+    assert int(twin[0].memory_count) == 2  # a forward of training: an entry of its own
+    twin(torch.randn(4, 3, 2, 2))
+    assert int(twin[0].memory_count) == 3
+    assert int(model[0].memory_count) == 1

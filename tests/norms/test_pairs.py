@@ -154,6 +154,30 @@ def test_an_activation_behind_a_proxied_one_still_acts():
     torch.testing.assert_close(model(x), F.relu(_proxied(model.bn, x)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_that_returns_a_tensor_of_its_own_does_not_make_the_activation_act_again(when):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.silu = nn.BatchNorm2d(3), nn.SiLU()
+
+        def forward(self, x):
+            return self.silu(self.silu(self.bn(x)) + x)
+
+    model, x = Shared().eval(), torch.randn(2, 3, 4, 4)
+    if when == "before":
+        model.bn.register_forward_hook(lambda module, args, y: 2 * y)
+    replace_norm_activation_pairs(model)
+    assert isinstance(model.silu, ProxiedActivation)
+    if when == "after":
+        model.bn.register_forward_hook(lambda module, args, y: 2 * y)
+    expected = F.silu(2 * _proxied(model.bn, x, F.silu) + x)
+    for twin in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
 class _Leaves(nn.Module):
     """Norms that no activation module follows alone, and one that has one only in training."""
 

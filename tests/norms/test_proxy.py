@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+import leakfree.norms.proxied as proxied
 import leakfree.norms.proxy as proxy_module
 from leakfree.errors import ConfigError, LeakfreeError
 from leakfree.norms import ProxyNorm, build_norm
@@ -101,7 +102,7 @@ def test_parts_of_the_batch_change_nothing(options, activation, last, monkeypatc
     dy = torch.randn(5, 6, 4, 4)
     whole = norm(x)
     gradients = torch.autograd.grad(whole, [x, *parameters_of(norm)], dy)
-    monkeypatch.setattr(proxy_module, "_PART_BYTES", 8)
+    monkeypatch.setattr(proxied, "_PART_BYTES", 8)
     parts = norm(x)
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(torch.autograd.grad(parts, [x, *parameters_of(norm)], dy), gradients, strict=True):
@@ -176,13 +177,13 @@ def test_a_gradient_does_not_reach_the_others():
 
 class _Counter:
     def __init__(self, monkeypatch):
-        self.count, compute = 0, proxy_module._activated_proxy
+        self.count, compute = 0, proxy_module.activated_proxy
 
         def counted(*args):
             self.count += 1
             return compute(*args)
 
-        monkeypatch.setattr(proxy_module, "_activated_proxy", counted)
+        monkeypatch.setattr(proxy_module, "activated_proxy", counted)
 
 
 def test_the_proxy_is_computed_once_for_each_value_of_the_parameters(monkeypatch):

@@ -1,12 +1,14 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import fx, nn
 
 from leakfree.errors import ConfigError
-from leakfree.norms import NORMS, build_norm
+from leakfree.norms import NORMS, build_norm, norm_layer
+from leakfree.norms.options import accepted_options
 
 NAMES = ["BN", "SyncBN", "GhostBN", "ShuffleBN", "FrozenBN", "BatchStatBN", "BatchRenorm", "BGN", "IEBN", "MBN", "GN"]
 NAMES += ["LN", "IN", "PN", "ProxyNorm", "CBN"]
@@ -82,3 +84,68 @@ def test_a_forward_in_inference_mode_leaves_later_gradients_alone():
             model(x)
         model(x).sum().backward()
         assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("GN", {"num_groups": "a"}, "num_groups must be a whole number, got 'a'"),
+        ("GN", {"num_groups": 2.0}, r"num_groups must be a whole number, got 2\.0 \(write 2\)"),
+        ("GN", {"num_groups": True}, "num_groups must be a whole number, got True"),
+        ("GhostBN", {"group_size": None}, "group_size must be a whole number, got None"),
+        ("ShuffleBN", {"num_groups": "2"}, "num_groups must be a whole number or null, got '2'"),
+        ("BN", {"momentum": "0.1"}, "momentum must be a number or null, got '0.1'"),
+        ("BN", {"eps": None}, "eps must be a number, got None"),
+        ("FrozenBN", {"affine_trainable": 1}, "affine_trainable must be true or false, got 1"),
+        ("BatchRenorm", {"r_max": "big"}, "r_max must be a number, got 'big'"),
+        ("BatchRenorm", {"ramp": 5}, "ramp must be a list \\(each element a whole number\\) or null, got 5"),
+        ("BatchRenorm", {"ramp": [1, 2, "c"]}, r"ramp must be a list \(each element a whole number\) or null"),
+        ("CBN", {"window": "4"}, "window must be a whole number"),
+        ("CBN", {"guard": 1}, "guard must be text, got 1"),
+        ("MBN", {"memory": 2.5}, r"memory must be a whole number, got 2\.5"),
+        ("BGN", {"num_groups": []}, "num_groups must be a whole number"),
+        ("DomainBN", {"num_domains": 2, "affine": 3}, "affine must be true or false or text, got 3"),
+        (
+            "DomainBN",
+            {"num_domains": 2, "domain_names": "ab"},
+            "domain_names must be a list \\(each element text\\) or null",
+        ),
+        ("SyncBN", {"process_group": "all"}, "process_group must be ProcessGroup or 'node' or null, got 'all'"),
+        ("LN", {"per_position": "yes"}, "per_position must be true or false"),
+        ("ProxyNorm", {"activation": 3}, "activation must be text, got 3"),
+    ],
+)
+def test_an_option_of_another_type_is_one_line_that_names_it(name, options, words):
+    with pytest.raises(ConfigError, match=f"^norm {name}: {words}"):
+        build_norm(name, 6, **options)
+    with pytest.raises(
+        ConfigError, match=rf"^model\.norm_options\.{words.partition(' ')[0]}: must be .* \(norm {name}\)$"
+    ):
+        norm_layer(name, options, "model")
+
+
+@pytest.mark.parametrize("name", [name for name, _ in NORMS])
+def test_every_option_of_every_norm_refuses_a_wrong_type(name):
+    """No option of ours is without a type: an object of no kind is refused by name, not by an operation deep inside."""
+    needed = {"num_domains": 2} if name == "DomainBN" else OPTIONS.get(name, {})
+    for option in accepted_options(NORMS.get(name)):
+        with pytest.raises(ConfigError, match=f"^norm {name}: {option} must be .*, got <object"):
+            build_norm(name, 6, **needed | {option: object()})
+
+
+def test_numbers_of_numpy_and_whole_numbers_for_others_are_taken():
+    assert build_norm("GN", 6, num_groups=np.int64(3)).num_groups == 3
+    assert build_norm("BN", 6, eps=np.float32(0.5), momentum=1).momentum == 1
+
+
+def test_options_of_a_users_norm_are_of_the_types_it_names():
+    def gained(num_features, *, dim, gain: float = 1.0, anything=None):
+        return nn.Identity()
+
+    NORMS._do_register("TestNorm", gained)
+    try:
+        assert isinstance(build_norm("TestNorm", 3, gain=2, anything="x"), nn.Identity)
+        with pytest.raises(ConfigError, match="norm TestNorm: gain must be a number, got 'x'"):
+            build_norm("TestNorm", 3, gain="x")
+    finally:
+        NORMS._obj_map.pop("TestNorm")

@@ -104,3 +104,26 @@ def test_a_run_is_described_by_its_norm_and_groups(folders):
 
 def test_one_run_makes_a_page(folders):
     assert "Batch leakage in one classification run" in render(group_runs(load_runs(folders[:1])))
+
+
+def test_statistics_of_a_target_and_mixtures_of_domains_have_columns_and_words(folders, tmp_path, capsys):
+    plain = render(group_runs(load_runs(folders)))
+    assert "AdaBN" not in plain
+    for name, results in (
+        ("AdaBN", {"population": {"accuracy": 0.529}, "precise": {"accuracy": 0.528}, "target": {"accuracy": 0.625}}),
+        ("BNE", {"embeddings": {"accuracy": 0.734}}),
+    ):
+        record = RunRecord(name, "classification", "finished", 0, {"model": {"norm": name}}, results=results)
+        (tmp_path / name).mkdir()
+        write_record(tmp_path / name, record)
+        folders.append(str(tmp_path / name))
+    page = render(group_runs(load_runs(folders)))
+    for words in ("target domain (AdaBN)", "mixture of domains (BNE)", "Target domain, mixture of domains", "62.5"):
+        assert words in page
+    assert 'data-measure="accuracy.target"' in page
+    assert 'data-measure="accuracy.embeddings"' in page
+    compare(folders[-2:], str(tmp_path / "report.html"))
+    said = capsys.readouterr().out
+    assert "targ." in said
+    assert "mix.: mixture of domains" in said
+    assert "73.4" in said

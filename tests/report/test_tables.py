@@ -171,6 +171,13 @@ def test_a_variant_is_described_by_what_normalizes_its_head(regime_runs, name, w
     assert describe(group(regime_runs(1, (name,)))[0]) == words
 
 
+def test_a_freeze_point_is_told_in_its_unit(tmp_path):
+    record = regime_record("bn_image_frozen_tail", 0)
+    record.config["schedule"] |= {"freeze_bn_at": 80.0, "freeze_bn_unit": "epoch"}
+    (variant,) = group([write_run(tmp_path / "a", record)])
+    assert describe(variant) == "BN, 1 image per group, frozen at epoch 80"
+
+
 def test_values_are_shown_as_in_a_config():
     assert [shown(value) for value in (None, "", "BN", True, 1.0, [1, "a"])] == [
         "–", '""', "BN", "true", "1.0", '[1, "a"]',

@@ -10,6 +10,7 @@ from torch import nn
 from leakfree.config.schema import OptimizerConfig
 from leakfree.errors import CheckpointError, ConfigError
 from leakfree.norms import build_norm
+from leakfree.schedules import Epochs
 from leakfree.training.detection import DetectionTask
 from leakfree.training.module import TrainingModule, build_optimizer, freeze_as_trained, seed_step
 
@@ -45,6 +46,26 @@ def test_freezing_a_model_without_batch_norm_is_told_before_training(make_config
     config = make_config("run", *settings)
     with pytest.raises(ConfigError, match="the model has no batch norm to freeze"):
         TrainingModule(DetectionTask(config, ""), config)
+
+
+@pytest.mark.parametrize(
+    ("at", "unit", "expected"),
+    [(0.5, "share", 0.5), (3, "step", 3), (1.0, "step", 1), (1.5, "epoch", Epochs(1.5)), (1, "share", 1.0)],
+)
+def test_the_freeze_point_is_of_its_unit(make_config, at, unit, expected):
+    config = make_config("run", f"schedule.freeze_bn_at={at}", f"schedule.freeze_bn_unit={unit}")
+    module = TrainingModule(DetectionTask(config, ""), config)
+    assert module.freeze_bn.at == expected
+    assert type(module.freeze_bn.at) is type(expected)
+
+
+def test_epochs_that_the_run_does_not_reach_are_a_warning(make_config, caplog):
+    config = make_config("run", "schedule.freeze_bn_at=900", "schedule.freeze_bn_unit=epoch")
+    with caplog.at_level("WARNING"):
+        TrainingModule(DetectionTask(config, ""), config)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "schedule.freeze_bn_at: has no effect: the run ends after" in line
+    assert "before epoch 900" in line
 
 
 def test_a_foreign_checkpoint_cannot_be_resumed(make_config):
