@@ -77,7 +77,9 @@ class BatchGroupNorm(BatchNorm):
         means, variances = mean.double().reshape(shape), var.double().reshape(shape)
         pooled_mean = means.mean(-1, keepdim=True)
         pooled_var = (variances + (means - pooled_mean).square()).mean(-1, keepdim=True)
-        return pooled_mean.expand(shape).reshape(mean.shape), pooled_var.expand(shape).reshape(var.shape)
+        # Dense also for one group, where this is else a view: the backward of torch's kernel takes no strides.
+        mean, var = (pooled.expand(shape).reshape(mean.shape).contiguous() for pooled in (pooled_mean, pooled_var))
+        return mean, var
 
     def _forward_running(self, x: Tensor) -> Tensor:
         if self._is_batch_norm or self.running_mean is None or self.running_var is None:
