@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -170,6 +169,7 @@ BATCH_NORMS = [
     Case("ShuffleBN", "ShuffleBN", _of(equations.BatchNorm, C), {"num_groups": 3}),
     Case("BatchStatBN", "BatchStatBN", _of(equations.BatchStatNorm, C)),
     Case("BatchRenorm", "BatchRenorm", _of(equations.BatchRenorm, C, **_RENORM), _RENORM),
+    _grouped(1),
     _grouped(2),
     _grouped(C),
     Case("IEBN", "IEBN", _of(equations.EnhancedBatchNorm, C), extra=_GATE),
@@ -217,12 +217,12 @@ def _variant(case: Case, **options: Any) -> Case:
 AVERAGING = [case for case in [*BATCH_NORMS, *DOMAIN_NORMS] if case.name not in ("MBN", "CBN", "BatchStatBN")]
 VARIANTS = [
     *(_variant(case, momentum=None) for case in AVERAGING),
-    _grouped(1),
     _grouped(3),
     _memorized(1, 0.9),
     _memorized(2, 0.3),
     _memorized(5, 1.0),
     _variant(next(case for case in BATCH_NORMS if case.name == "BatchRenorm"), ramp=None),
+    _variant(next(case for case in BATCH_NORMS if case.name == "BatchRenorm"), ramp=None, momentum=None),
     *(
         replace(case, title=f"{case.title} affine=False", options=case.options | {"affine": False})
         for case in BATCH_NORMS
@@ -234,7 +234,3 @@ def named(*titles: str) -> list[Case]:
     """The cases of these titles."""
     found = {case.title: case for case in (*CASES, *VARIANTS)}
     return [found[title] for title in titles]
-
-
-def copies(norm: nn.Module, count: int) -> list[nn.Module]:
-    return [copy.deepcopy(norm) for _ in range(count)]
