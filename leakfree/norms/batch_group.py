@@ -96,11 +96,7 @@ class BatchGroupNorm(BatchNorm):
         mean, var = self.pool_channels(batch.mean, batch.var)
         if tracked:
             self._track(*batch.pooled())
-        scale = torch.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight.double()
-        shift = -mean * scale
-        return batch.affine(scale, shift if self.bias is None else shift + self.bias.double())
+        return batch.normalize(mean, var, self.eps, self.weight, self.bias)
 
     @torch.no_grad()
     def _track(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
