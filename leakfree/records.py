@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from leakfree.errors import RunError
 
-__all__ = ["RunRecord", "atomic_file", "read_metrics", "read_record", "write_atomic", "write_record"]
+__all__ = ["Evaluation", "RunRecord", "atomic_file", "read_metrics", "read_record", "write_atomic", "write_record"]
 
 FORMAT = 1
 
@@ -47,6 +47,15 @@ class RunRecord:
     leakage: dict[str, dict[str, float | None]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     format: int = FORMAT
+
+
+@dataclass
+class Evaluation:
+    """The part of :class:`RunRecord` that an evaluation fills."""
+
+    results: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    leakage: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @contextmanager

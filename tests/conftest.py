@@ -12,6 +12,8 @@ import signal
 import pytest
 from hypothesis import settings
 
+from leakfree.config import load_config
+
 settings.register_profile("leakfree", derandomize=True, deadline=None)
 settings.load_profile("leakfree")
 
@@ -33,3 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+
+
+@pytest.fixture
+def make_config(config_file, tmp_path):
+    """``make_config("run", "seed=1")``: the folder's ``config_file``, as a config that writes to ``tmp_path / "run"``."""
+
+    def make(name="run", *overrides):
+        return load_config(config_file, [f"output_dir={tmp_path / name}", *overrides])
+
+    return make

@@ -5,7 +5,6 @@
 
 from leakfree.classification.batches import composed_batches, training_batches
 from leakfree.classification.measure import (
-    ClassifierEvaluation,
     estimate_statistics,
     evaluate_classifier,
     validation_accuracies,
@@ -13,7 +12,6 @@ from leakfree.classification.measure import (
 from leakfree.classification.model import SmallClassifier, build_classifier, classify, describe_batch
 
 __all__ = [
-    "ClassifierEvaluation",
     "SmallClassifier",
     "build_classifier",
     "classify",

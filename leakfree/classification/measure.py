@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,21 +22,13 @@ from leakfree.data import LabelledImages
 from leakfree.leakage import CompositionGap, composition_gap, cross_sample_influence, error_rates
 from leakfree.norms import BatchStatBatchNorm, PartitionedBatchNorm, domain
 from leakfree.population import precise_bn
+from leakfree.records import Evaluation
 from leakfree.state import as_in_training, buffers_kept, has_running_statistics, modes_kept, random_numbers_kept
 
-__all__ = ["ClassifierEvaluation", "estimate_statistics", "evaluate_classifier", "validation_accuracies"]
+__all__ = ["estimate_statistics", "evaluate_classifier", "validation_accuracies"]
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # a progress bar: (batches, what) -> batches
 Batch = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass
-class ClassifierEvaluation:
-    """What ``record.json`` holds of an evaluation; see :class:`leakfree.records.RunRecord`."""
-
-    results: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    leakage: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def evaluate_classifier(
@@ -45,7 +37,7 @@ def evaluate_classifier(
     images: dict[str, LabelledImages],
     *,
     track: Track = lambda batches, what: batches,
-) -> ClassifierEvaluation:
+) -> Evaluation:
     """Accuracy under each of ``config.evaluation.statistics``, the composition gap, and influence.
 
     Under "random" and "same_class" a batch of ``evaluation.images_per_batch`` images, at random or of one class, is
@@ -58,7 +50,7 @@ def evaluate_classifier(
         images: "train" and "val".
         track: shows progress over batches, on the ranks that should.
     """
-    evaluation = ClassifierEvaluation(notes=_notes(model))
+    evaluation = Evaluation(notes=_notes(model))
     wanted, measures = config.evaluation.statistics, config.leakage.enabled
     precise = has_running_statistics(model)
     known = not has_unknown_domains(model, images["val"])

@@ -12,6 +12,11 @@ from leakfree.errors import DataError
 __all__ = ["EvaluationBatchSampler", "SameClassBatchSampler", "TrainingBatchSampler"]
 
 
+def _check_share(images: int, of: str, rank: int, world_size: int) -> None:
+    if not (images >= 1 and 0 <= rank < world_size):
+        raise ValueError(f"{images} images per {of}, rank {rank} of {world_size}: need 1 or more, and a rank in range")
+
+
 class TrainingBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of an endless stream of epochs, each a seeded permutation of all images.
 
@@ -38,10 +43,7 @@ class TrainingBatchSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if num_images < 1:
             raise DataError("no image to train on")
-        if not (images_per_rank >= 1 and 0 <= rank < world_size):
-            raise ValueError(
-                f"{images_per_rank} images per rank, rank {rank} of {world_size}: need 1 or more, and a rank in range"
-            )
+        _check_share(images_per_rank, "rank", rank, world_size)
         self.num_images = num_images
         self.images_per_rank = images_per_rank
         self.rank = rank
@@ -131,10 +133,7 @@ class EvaluationBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, num_images: int, images_per_batch: int, rank: int, world_size: int) -> None:
-        if not (images_per_batch >= 1 and 0 <= rank < world_size):
-            raise ValueError(
-                f"{images_per_batch} images per batch, rank {rank} of {world_size}: need 1 or more, and a rank in range"
-            )
+        _check_share(images_per_batch, "batch", rank, world_size)
         self.num_images = num_images
         self.images_per_batch = images_per_batch
         self.rank = rank

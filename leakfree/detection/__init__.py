@@ -9,7 +9,6 @@ from leakfree.detection.batches import evaluation_batches, training_batches
 from leakfree.detection.groups import RoiGroups
 from leakfree.detection.inference import precise_forward, sample_rois
 from leakfree.detection.measure import (
-    DetectorEvaluation,
     average_precision,
     estimate_statistics,
     evaluate_detector,
@@ -24,7 +23,6 @@ from leakfree.detection.model import (
 )
 
 __all__ = [
-    "DetectorEvaluation",
     "RoiGroups",
     "SmallBackbone",
     "average_precision",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from leakfree.config.schema import DetectionRunConfig
@@ -28,20 +27,12 @@ from leakfree.detection.roi_leakage import head_influence, pair_accuracies, roi_
 from leakfree.evaluation import CocoAp
 from leakfree.norms import BatchStatBatchNorm
 from leakfree.population import precise_bn
+from leakfree.records import Evaluation
 from leakfree.state import buffers_kept, evaluating, has_running_statistics, load_buffers, random_numbers_kept
 
-__all__ = ["DetectorEvaluation", "average_precision", "estimate_statistics", "evaluate_detector"]
+__all__ = ["average_precision", "estimate_statistics", "evaluate_detector"]
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # a progress bar: (batches, what) -> batches
-
-
-@dataclass
-class DetectorEvaluation:
-    """What ``record.json`` holds of an evaluation; see :class:`leakfree.records.RunRecord`."""
-
-    results: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    leakage: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def evaluate_detector(
@@ -50,7 +41,7 @@ def evaluate_detector(
     datasets: dict[str, CocoInstances],
     *,
     track: Track = lambda batches, what: batches,
-) -> DetectorEvaluation:
+) -> Evaluation:
     """AP under each of ``config.evaluation.statistics``, and the leakage numbers of the RoI heads.
 
     Across ranks: every rank calls it; batches (not images) are dealt to ranks, so AP, accuracies and
@@ -61,7 +52,7 @@ def evaluate_detector(
         datasets: "train" and "val".
         track: shows progress over batches, on the ranks that should.
     """
-    evaluation = DetectorEvaluation()
+    evaluation = Evaluation()
     wanted = list(config.evaluation.statistics)
     can_estimate = has_running_statistics(model.roi_heads)
     stored = [mode for mode in wanted if mode in ("image", "random") and has_batch_statistics(model)]
@@ -88,7 +79,7 @@ def evaluate_detector(
 
 
 def _measure(
-    evaluation: DetectorEvaluation,
+    evaluation: Evaluation,
     model: Detector,
     config: DetectionRunConfig,
     datasets: dict[str, CocoInstances],
@@ -108,7 +99,7 @@ def _measure(
 
 
 def _measure_mixing(
-    evaluation: DetectorEvaluation,
+    evaluation: Evaluation,
     model: Detector,
     config: DetectionRunConfig,
     datasets: dict[str, CocoInstances],

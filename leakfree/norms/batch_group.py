@@ -77,7 +77,9 @@ class BatchGroupNorm(BatchNorm):
         means, variances = mean.double().reshape(shape), var.double().reshape(shape)
         pooled_mean = means.mean(-1, keepdim=True)
         pooled_var = (variances + (means - pooled_mean).square()).mean(-1, keepdim=True)
-        return pooled_mean.expand(shape).reshape(mean.shape), pooled_var.expand(shape).reshape(var.shape)
+        # Dense also for one group, where this is else a view: the backward of torch's kernel takes no strides.
+        mean, var = (pooled.expand(shape).reshape(mean.shape).contiguous() for pooled in (pooled_mean, pooled_var))
+        return mean, var
 
     def _forward_running(self, x: Tensor) -> Tensor:
         if self._is_batch_norm or self.running_mean is None or self.running_var is None:
@@ -94,11 +96,7 @@ class BatchGroupNorm(BatchNorm):
         mean, var = self.pool_channels(batch.mean, batch.var)
         if tracked:
             self._track(*batch.pooled())
-        scale = torch.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight.double()
-        shift = -mean * scale
-        return batch.affine(scale, shift if self.bias is None else shift + self.bias.double())
+        return batch.normalize(mean, var, self.eps, self.weight, self.bias)
 
     @torch.no_grad()
     def _track(self, count: Tensor, mean: Tensor, var: Tensor) -> None:

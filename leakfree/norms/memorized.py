@@ -122,11 +122,7 @@ class MemorizedBatchNorm(BatchNorm):
         else:
             older = self._past.again(x)  # the memory has moved on
         mean, var = _combine(batch.mean, batch.var, older)
-        scale = torch.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight.double()
-        shift = -mean * scale
-        return batch.affine(scale, shift if self.bias is None else shift + self.bias.double())
+        return batch.normalize(mean, var, self.eps, self.weight, self.bias)
 
     @torch.no_grad()
     def _older(self) -> tuple[Tensor, ...]:

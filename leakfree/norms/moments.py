@@ -82,6 +82,16 @@ class BatchMoments:
         """(count, mean (C,), biased variance (C,)) of all groups together, as constants."""
         return Moments(self.count, self.mean.detach(), self.var.detach()).pooled()
 
+    def normalize(
+        self, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`affine` with ``mean`` and ``var``, float64 (G, C), and a weight and bias of the channels (C,)."""
+        scale = torch.rsqrt(var + eps)
+        if weight is not None:
+            scale = scale * weight.double()
+        shift = -mean * scale
+        return self.affine(scale, shift if bias is None else shift + bias.double())
+
     @torch.compiler.disable
     def affine(self, scale: Tensor, shift: Tensor, *, of_rows: bool = False) -> Tensor:
         """``x * scale + shift`` in the dtype of ``x``; can be called once.

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from leakfree.errors import ConfigError
+from leakfree.keeping import attributes_kept
 from leakfree.norms.calls import called_modules, only_argument, trace
 from leakfree.norms.foreign import examine, is_batch_norm
 from leakfree.norms.fused import activation_name
@@ -112,14 +113,11 @@ def _is_leaf(module: nn.Module) -> bool:
 
 @contextmanager
 def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:  # not by train(), which models redefine
+    modules = list(model.modules())
+    with attributes_kept(modules, "training"):
+        for module in modules:  # not by train(), which models redefine
             module.training = training
         yield
-    finally:
-        for module, before in modes.items():
-            module.training = before
 
 
 def _calls(model: nn.Module, training: bool) -> list[_Call]:

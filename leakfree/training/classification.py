@@ -20,8 +20,9 @@ from leakfree.classification import (
 from leakfree.config.schema import ClassificationRunConfig
 from leakfree.data import LabelledImages, build_images
 from leakfree.errors import ConfigError, DataError
+from leakfree.records import Evaluation
 from leakfree.state import load_weights
-from leakfree.training.tasks import Evaluation, Track
+from leakfree.training.tasks import Track
 
 __all__ = ["ClassificationTask"]
 
@@ -76,8 +77,7 @@ class ClassificationTask:
         return validation_accuracies(self.model, self.config, self.images, track=track)
 
     def evaluate(self, track: Track) -> Evaluation:
-        found = evaluate_classifier(self.model, self.config, self.images, track=track)
-        return Evaluation(found.results, found.leakage, found.notes)
+        return evaluate_classifier(self.model, self.config, self.images, track=track)
 
 
 def _num_classes(config: ClassificationRunConfig, images: dict[str, LabelledImages]) -> int:

@@ -22,8 +22,9 @@ from leakfree.detection import (
 )
 from leakfree.distributed import barrier, get_world_size
 from leakfree.errors import ConfigError, DataError
+from leakfree.records import Evaluation
 from leakfree.state import load_weights
-from leakfree.training.tasks import Evaluation, Track
+from leakfree.training.tasks import Track
 
 __all__ = ["DetectionTask"]
 
@@ -75,8 +76,7 @@ class DetectionTask:
         return average_precision(self.model, batches, ["population"])["population"]
 
     def evaluate(self, track: Track) -> Evaluation:
-        found = evaluate_detector(self.model, self.config, self.datasets, track=track)
-        return Evaluation(found.results, found.leakage, found.notes)
+        return evaluate_detector(self.model, self.config, self.datasets, track=track)
 
 
 def _open(config: DetectionRunConfig) -> dict[str, CocoInstances]:

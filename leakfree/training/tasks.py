@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["Evaluation", "Numbers", "Task", "Track"]
+from leakfree.records import Evaluation
 
-Numbers = dict[str, dict[str, float | None]]
+__all__ = ["Task", "Track"]
+
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # (batches, what they are for) -> batches, with progress shown
-
-
-@dataclass
-class Evaluation:
-    """The part of :class:`leakfree.records.RunRecord` that an evaluation fills."""
-
-    results: Numbers = field(default_factory=dict)
-    leakage: Numbers = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 class Task(Protocol):

@@ -2,8 +2,6 @@
 
 import pytest
 
-from leakfree.config import load_config
-
 CONFIG = """
 task: classification
 seed: 3
@@ -28,13 +26,3 @@ def config_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "tiny.yaml"
     path.write_text(CONFIG)
     return path
-
-
-@pytest.fixture
-def make_config(config_file, tmp_path):
-    """``make_config("run", "seed=1")``: a config that writes to ``tmp_path / "run"``."""
-
-    def make(name="run", *overrides):
-        return load_config(config_file, [f"output_dir={tmp_path / name}", *overrides])
-
-    return make

@@ -31,16 +31,6 @@ def _torch_twin(norm):
     return twin
 
 
-@pytest.mark.parametrize("kind", ["BN", "SyncBN", "BatchStatBN"])
-def test_outside_a_scope_training_is_torchs_batch_norm(kind):
-    norm = _norm(kind)
-    twin = _torch_twin(norm)
-    for seed in range(3):
-        torch.testing.assert_close(norm(_x(seed=seed)), twin(_x(seed=seed)), rtol=1e-12, atol=1e-12)
-    for name, buffer in norm.named_buffers():
-        torch.testing.assert_close(buffer, dict(twin.named_buffers())[name], rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "BatchStatBN"])
 def test_eval_is_torchs_batch_norm_and_state_dicts_are_interchangeable(kind):
     norm = _norm(kind)
@@ -125,38 +115,6 @@ def test_the_draw_continues_from_a_checkpoint():
     assert torch.equal(norm.last_groups, again.last_groups)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_empty_batch_leaves_everything_untouched_and_keeps_the_graph(kind):
-    norm = _norm(kind)
-    before = copy.deepcopy(norm.state_dict())
-    y = norm(_x(0).requires_grad_(True))
-    y.sum().backward()
-    assert y.shape == (0, 3, 4, 4)
-    assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
-    assert norm.weight.grad is not None
-    assert not norm.weight.grad.any()
-
-
-def test_batch_stat_norm_never_reads_or_writes_buffers_in_eval():
-    norm = _norm("BatchStatBN").eval()
-    before = copy.deepcopy(norm.state_dict())
-    x = _x()
-    torch.testing.assert_close(norm(x), F.batch_norm(x, None, None, norm.weight, norm.bias, True))
-    assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_frozen_layer_uses_its_buffers_in_training(kind):
-    norm = _norm(kind)
-    norm(_x())
-    norm.frozen = True
-    before = copy.deepcopy(norm.state_dict())
-    y = norm.train()(_x(seed=4))
-    expected = F.batch_norm(_x(seed=4), norm.running_mean, norm.running_var, norm.weight, norm.bias, False)
-    torch.testing.assert_close(y, expected)
-    assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
-
-
 def test_batch_statistics_measures_any_layer_in_eval_under_the_scopes_groups():
     model = nn.Sequential(_norm("SyncBN"), _norm("ShuffleBN"), _norm("BN")).eval()
     model[2].frozen = True
@@ -172,51 +130,6 @@ def test_batch_statistics_measures_any_layer_in_eval_under_the_scopes_groups():
     torch.testing.assert_close(y, torch.cat(halves))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not torch.equal(model(x), y)
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_momentum_none_is_the_cumulative_average(momentum):
-    norm = _norm("GhostBN", momentum=momentum)
-    twin = nn.BatchNorm2d(3, momentum=momentum).double()
-    for seed in range(3):
-        norm(_x(seed=seed))
-        twin(_x(seed=seed))
-    torch.testing.assert_close(norm.running_mean, twin.running_mean)
-    torch.testing.assert_close(norm.running_var, twin.running_var)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_autocast_and_channels_last(kind):
-    norm = _norm(kind).float()
-    x = _x(dtype=torch.float32).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = norm(x.bfloat16())
-    wide = copy.deepcopy(norm)
-    wide.num_batches_tracked.zero_()
-    norm.num_batches_tracked.zero_()
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(y.float(), wide(x.bfloat16().float()), rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_output_may_be_changed_in_place(kind, layout):
-    norm, x = _norm(kind), _x().to(memory_format=layout)
-    gradients = []
-    for inplace in (False, True):
-        leaf = x.clone().requires_grad_(True)
-        norm.num_batches_tracked.zero_()
-        F.relu(norm(leaf), inplace=inplace).square().sum().backward()
-        gradients.append(leaf.grad)
-    assert torch.equal(*gradients)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_torch_compile_gives_the_eager_answer(kind):
-    norm, twin = _norm(kind), _norm(kind)
-    compiled = torch.compile(twin, backend="aot_eager")
-    for seed in range(2):
-        torch.testing.assert_close(compiled(_x(seed=seed)), norm(_x(seed=seed)))
 
 
 def test_wrong_inputs_are_named():
@@ -286,12 +199,6 @@ def test_as_many_random_groups_as_base_groups_however_images_lie_on_ranks(images
     assert len(counts) == expected
     assert counts.max() - counts.min() <= 1
     assert sum(here for _, here in results) >= expected  # ranks without a group report one
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_an_empty_batch_keeps_its_dtype(kind, dtype):
-    assert _norm(kind).float()(torch.zeros(0, 3, 2, 2, dtype=dtype)).dtype == dtype
 
 
 def _uneven_eval(rank, world_size):

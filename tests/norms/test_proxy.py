@@ -1,19 +1,18 @@
 import copy
 import math
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
 import leakfree.norms.proxied as proxied
 import leakfree.norms.proxy as proxy_module
 from leakfree.errors import ConfigError, LeakfreeError
 from leakfree.norms import ProxyNorm, build_norm
 from leakfree.norms.proxy import ACTIVATIONS
+from tests.norms.equations import proxy_norm as reference
 
 FUNCTIONS = {
     "relu": F.relu,
@@ -26,23 +25,6 @@ FUNCTIONS = {
     "mish": F.mish,
 }
 NORMS = [{}, {"norm": "GN", "num_groups": 3}]
-
-
-def reference(x, weight, bias, scale, shift, phi, groups, n=200, eps=0.03):
-    """Labatie et al. 2021, and the authors' quadrature, in the dtype of the tensors, by autograd."""
-    column = (1, -1) + (1,) * (x.ndim - 2)
-    grouped = x.reshape(len(x), groups, -1)
-    mean = grouped.mean(2, keepdim=True)
-    var = ((grouped - mean) ** 2).mean(2, keepdim=True)
-    y = ((grouped - mean) / (var + 1e-5).sqrt()).reshape(x.shape)
-    z = phi(weight.view(column) * y + bias.view(column))
-    quantiles = [
-        math.sqrt(2) * torch.erfinv(torch.tensor(2 * (i + 0.5) / n - 1, dtype=torch.float64)) for i in range(n)
-    ]
-    responses = torch.stack([phi(weight * ((1 + scale) * q.to(x.dtype) + shift) + bias) for q in quantiles])
-    expectation = responses.sum(0) / n
-    variance = ((responses - expectation) ** 2).sum(0) / n
-    return (z - expectation.view(column)) / (variance.view(column) + eps).sqrt()
 
 
 def make(channels=6, **options):
@@ -78,18 +60,6 @@ def test_it_is_its_definition_with_all_gradients(options, activation, data):
     for ours, theirs in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
     assert torch.equal(norm.eval()(x), y)
-
-
-@pytest.mark.parametrize("options", NORMS)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "mish", "relu"])
-def test_gradcheck(options, activation):
-    norm = make(activation=activation, **options).double()
-    x = torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True)
-    names = ["weight", "bias", "proxy_scale", "proxy_shift"]
-    assert torch.autograd.gradcheck(
-        lambda a, *tensors: torch.func.functional_call(norm, dict(zip(names, tensors, strict=True)), (a,)),
-        (x, *parameters_of(norm)),
-    )
 
 
 @pytest.mark.parametrize("options", NORMS)
@@ -253,21 +223,6 @@ def test_half_precision_and_autocast(options, activation):
     assert small(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("options", NORMS)
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_channels_last_equals_contiguous(options, activation):
-    norm, x = make(activation=activation, **options), torch.randn(3, 6, 5, 4)
-    dy = torch.randn(3, 6, 5, 4)
-    found = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        item = x.clone(memory_format=memory_format).requires_grad_()
-        y = norm(item)
-        assert y.is_contiguous(memory_format=memory_format)
-        found.append([y, *torch.autograd.grad(y, [item, *norm.parameters()], dy)])  # dy contiguous in both
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("shape", [(0, 6), (0, 6, 3, 3), (2, 6, 0)])
 def test_no_values_give_zero_gradients(shape):
     norm, x = make(), torch.randn(shape, requires_grad=True)
@@ -286,32 +241,6 @@ def test_expanded_gradients_and_strided_inputs():
     theirs = torch.autograd.grad(reference(*inputs, F.relu, 1).sum(), inputs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_compiles_whole(backend, training, activation):
-    norm = make(activation=activation).train(training)
-    x = torch.randn(2, 6, 3, 3, requires_grad=True)
-    compiled = torch.compile(norm, backend=backend, fullgraph=True)
-    y, expected = compiled(x), norm(x)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    dy = torch.randn_like(y)
-    inputs = [x, *norm.parameters()]
-    for a, b in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_changes_nothing(reentrant):
-    norm, x = make(), torch.randn(2, 6, 3, 3, requires_grad=True)
-    plain = torch.autograd.grad(norm(x).cos().sum(), [x, *norm.parameters()])
-    item = x.detach().clone().requires_grad_()
-    norm.zero_grad()
-    checkpoint(norm, item, use_reentrant=reentrant).cos().sum().backward()
-    for a, b in zip(plain, [item, *norm.parameters()], strict=True):
-        torch.testing.assert_close(b.grad, a)
 
 
 def test_it_keeps_only_the_input_for_the_backward():
@@ -344,16 +273,6 @@ def test_memory_is_at_most_four_times_the_input(last, dtype, activation):
 
 def _start(event):
     return event.start_ns()
-
-
-def test_state_dict_copies_and_pickles():
-    norm, x = make(), torch.randn(2, 6, 3)
-    y = norm(x)
-    twin = build_norm("ProxyNorm", 6)
-    twin.load_state_dict(norm.state_dict())
-    for other in (twin, copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
-        assert torch.equal(other(x), y)
-    assert list(norm.state_dict()) == ["weight", "bias", "proxy_scale", "proxy_shift"]
 
 
 def test_without_a_bias_it_is_zero():

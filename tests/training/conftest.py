@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from leakfree.config import load_config
-
 CONFIG = """
 seed: 3
 data:
@@ -39,16 +37,6 @@ def config_file(tmp_path_factory):
     path = folder / "tiny.yaml"
     path.write_text(CONFIG.format(root=folder / "data"))
     return path
-
-
-@pytest.fixture
-def make_config(config_file, tmp_path):
-    """``make_config("run", "seed=1")``: a config that writes to ``tmp_path / "run"``."""
-
-    def make(name="run", *overrides):
-        return load_config(config_file, [f"output_dir={tmp_path / name}", *overrides])
-
-    return make
 
 
 def metrics(folder):
