@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def extract_features(
             or a folder that the ranks do not share.
     """
     with _File(folder) if folder is not None else _Memory() as rows:
-        ys, ids = [], []
+        ys, ids = array("q"), array("q")  # they grow in place: small tensors would pin the memory of large ones
         with evaluating(model) if isinstance(model, nn.Module) else torch.no_grad():
             for images, classes, numbers in batches:
                 if not len(images) == len(classes) == len(numbers):
@@ -65,16 +66,16 @@ def extract_features(
                         f"extract_features: a batch of {len(images)} images has {len(classes)} classes and "
                         f"{len(numbers)} sample numbers"
                     )
-                ys.append(classes.to("cpu", torch.int64))
-                ids.append(numbers.to("cpu", torch.int64))
-                rows.add(ids[-1], _as_rows(model(images.to(device, non_blocking=True)), len(images), rows.width))
-        none = torch.empty(0, dtype=torch.int64)
-        mine = torch.stack([torch.cat([none, *ids]), torch.cat([none, *ys])], 1)
+                numbers = numbers.to("cpu", torch.int64)
+                ys.frombytes(classes.to("cpu", torch.int64).numpy().tobytes())
+                ids.frombytes(numbers.numpy().tobytes())
+                rows.add(numbers, _as_rows(model(images.to(device, non_blocking=True)), len(images), rows.width))
+        mine = torch.from_numpy(np.stack([np.array(ids, np.int64), np.array(ys, np.int64)], 1))
         table = all_gather_table([len(mine), rows.width])
         widths, counts = sorted(set(table[:, 1].tolist()) - {0}), table[:, 0].tolist()
         if len(widths) > 1:
             raise DataError(f"extract_features: features of different widths on different ranks: {widths}")
-        everyone = torch.cat([none.new_empty(0, 2), *(part for _, _, part in broadcast_rows(mine, counts))])
+        everyone = torch.cat([mine[:0], *(part for _, _, part in broadcast_rows(mine, counts))])
         numbers, classes = everyone.unbind(1)
         total = _check(numbers, classes)
         y = torch.empty(total, dtype=torch.int64)
