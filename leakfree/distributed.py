@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "all_to_all_bytes",
     "barrier",
     "broadcast_object",
+    "broadcast_rows",
     "get_rank",
     "get_world_size",
     "is_distributed",
@@ -104,7 +105,10 @@ def all_gather_ints(values: Sequence[int], group: Group = None) -> list[list[int
 def all_reduce_sum_(values: Tensor, group: Group = None) -> Tensor:
     """Sum ``values`` over the ranks, in place and without gradient; return them."""
     if is_distributed(group):
-        dist.all_reduce(values, group=_resolve(group))
+        wire = values if values.is_cuda else values.to(_wire_device(group))
+        dist.all_reduce(wire, group=_resolve(group))
+        if wire is not values:
+            values.copy_(wire)
     return values
 
 
@@ -124,6 +128,36 @@ def broadcast_object(value: Any, group: Group = None, src: int = 0) -> Any:
     box = [value]
     dist.broadcast_object_list(box, group=_resolve(group), group_src=src)
     return box[0]
+
+
+def broadcast_rows(
+    rows: Tensor, counts: Sequence[int], *, piece: int = 2**16, group: Group = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Show every rank the rows of all ranks, piece by piece: no rank ever holds them all.
+
+    A collective: every rank must go through to the end.
+
+    Args:
+        rows: (counts[own rank], ...), of one dtype and shape of a row on all ranks.
+        counts: rows of each rank; may be uneven and zero.
+        piece: rows at a time.
+
+    Yields:
+        (rank, place of the first row among its rows, at most ``piece`` rows), in the order of ranks and rows; on the
+        device of ``rows``. No gradient.
+    """
+    rows = rows.detach()
+    for rank, count in enumerate(counts):
+        for start in range(0, count, piece):
+            if rank == get_rank(group):
+                part = rows[start : start + piece].contiguous()
+            else:
+                part = rows.new_empty(min(piece, count - start), *rows.shape[1:])
+            if is_distributed(group):
+                wire = part.to(_wire_device(group))
+                dist.broadcast(wire, group=_resolve(group), group_src=rank)
+                part = wire.to(rows.device)
+            yield rank, start, part
 
 
 def all_to_all_bytes(data: Tensor, send: Sequence[int], receive: Sequence[int], group: Group = None) -> Tensor:

@@ -8,6 +8,7 @@ from leakfree.distributed import (
     all_gather_ints,
     all_reduce_sum_,
     all_to_all_bytes,
+    broadcast_rows,
     get_rank,
     get_world_size,
 )
@@ -30,6 +31,24 @@ def _uneven(rank, world_size):
 
 def test_uneven_exchange_in_rank_order():
     assert run_ranks(_uneven, 2) == [[0], [1, 2, 100]]
+
+
+def _rows(rank, world_size, counts, piece):
+    mine = torch.arange(counts[rank] * 2).view(-1, 2) + 100 * rank
+    seen = list(broadcast_rows(mine, counts, piece=piece))
+    assert all(len(part) <= piece for _, _, part in seen)
+    return [(other, start, part.tolist()) for other, start, part in seen]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 10])
+@pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0, 1], [0, 0, 0]])
+def test_rows_of_all_ranks_come_piece_by_piece(counts, piece):
+    expected = []
+    for rank, count in enumerate(counts):
+        rows = (torch.arange(count * 2).view(-1, 2) + 100 * rank).tolist()
+        expected += [(rank, start, rows[start : start + piece]) for start in range(0, count, piece)]
+    assert run_ranks(_rows, 3, counts, piece) == [expected] * 3
+    assert _rows(0, 1, counts[:1], piece) == [entry for entry in expected if entry[0] == 0]
 
 
 def _nodes(rank, world_size):

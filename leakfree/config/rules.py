@@ -63,7 +63,7 @@ def _folders_are_named(config: RunConfig) -> Problems:
             yield (
                 f"data.{split}.path",
                 f"is empty: data.{split}.name=image_folder needs a folder with a subfolder of images for each class "
-                "(names: digits, image_folder)",
+                "(names: digits, image_folder, cifar10, cifar100)",
             )
         if not images.corruptions:
             yield f"data.{split}.corruptions", "is empty: name at least one of none, blur, contrast, invert"
@@ -283,7 +283,7 @@ def _images_without_effect(config: ClassificationRunConfig) -> Problems:
         yield "data.group_size", "has no effect with data.composition=random: it is for same_class"
     for split, images in (("train", data.train), ("val", data.val)):
         if images.name == "digits" and images.path:
-            yield f"data.{split}.path", f"has no effect with data.{split}.name=digits: it is for image_folder"
+            yield f"data.{split}.path", f"has no effect with data.{split}.name=digits: it is for files on disk"
         if not images.noise and _changed(images, "seed"):
             yield f"data.{split}.seed", f"has no effect with data.{split}.noise=0: it is of the noise"
 

@@ -227,13 +227,15 @@ class DetectionLeakageConfig(LeakageConfig):
 
 @dataclass
 class ImagesConfig:
-    """One split of labelled images: the embedded digits, or a folder on disk.
+    """One split of labelled images: the embedded digits, CIFAR, or a folder of images on disk.
 
     ``corruptions`` are the domains of the split: image i gets corruption ``i % len(corruptions)``.
     """
 
-    name: str = _f("digits", one_of=("digits", "image_folder"))
-    path: str = ""  # image_folder: a folder with a subfolder of images for each class
+    name: str = _f("digits", one_of=("digits", "image_folder", "cifar10", "cifar100"))
+    # image_folder: a folder with a subfolder of images for each class; cifar10, cifar100: where the folder
+    # cifar-10-batches-py or cifar-100-python lies (empty = data.root), or that folder
+    path: str = ""
     corruptions: list[str] = _f(["none"], one_of=("none", "blur", "contrast", "invert"))
     noise: float = _f(0.0, low=0.0)  # standard deviation of Gaussian noise, pixels are in [0, 1]; fixed per image
     seed: int = _f(0, low=0)  # of the noise

@@ -4,7 +4,6 @@ from leakfree.contrastive.backbones import SmallBackbone, build_backbone
 from leakfree.contrastive.batches import feature_batches, training_views
 from leakfree.contrastive.losses import Contrast, nt_xent, queue_info_nce
 from leakfree.contrastive.measure import (
-    ContrastiveEvaluation,
     PretextSwap,
     estimate_statistics,
     evaluate_contrastive,
@@ -18,7 +17,6 @@ from leakfree.contrastive.views import DigitViews, PhotoViews, build_views
 
 __all__ = [
     "Contrast",
-    "ContrastiveEvaluation",
     "ContrastiveMethod",
     "DigitViews",
     "Encoder",

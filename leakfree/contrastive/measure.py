@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,10 @@ from leakfree.errors import DataError
 from leakfree.evaluation import Features, extract_features, knn_accuracy, linear_probe
 from leakfree.leakage import batchmate_probe, cross_sample_influence
 from leakfree.population import precise_bn
+from leakfree.records import Evaluation
 from leakfree.state import as_in_training, buffers_kept, has_running_statistics, modes_kept, random_numbers_kept
 
 __all__ = [
-    "ContrastiveEvaluation",
     "PretextSwap",
     "estimate_statistics",
     "evaluate_contrastive",
@@ -40,22 +40,13 @@ Images = dict[str, LabelledImages]
 _HELD_OUT = 2  # the stream of views that training never sees
 
 
-@dataclass
-class ContrastiveEvaluation:
-    """What ``record.json`` holds of an evaluation; see :class:`leakfree.records.RunRecord`."""
-
-    results: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    leakage: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
 def evaluate_contrastive(
     model: ContrastiveMethod,
     config: ContrastiveRunConfig,
     images: Images,
     *,
     track: Track = lambda batches, what: batches,
-) -> ContrastiveEvaluation:
+) -> Evaluation:
     """kNN and linear probe under each of ``config.evaluation.statistics``; the pretext swap, probes and influence.
 
     Across ranks: every rank calls it and returns the same.
@@ -64,7 +55,7 @@ def evaluate_contrastive(
         images: "train" (the bank) and "val" (the queries).
         track: shows progress over batches, on the ranks that should.
     """
-    found = ContrastiveEvaluation()
+    found = Evaluation()
     wanted = config.evaluation.statistics
     precise = has_running_statistics(model.query)
     if "population" in wanted or not precise:

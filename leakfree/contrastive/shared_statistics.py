@@ -40,7 +40,8 @@ class SharedStatistics:
         """Before the forward: what the ranks have in common."""
         if is_distributed():
             self._counts.clear()
-            self._before = [buffer.to(torch.float64, copy=True) for layer in self._layers for buffer in self._buffers(layer)]
+            buffers = (buffer for layer in self._layers for buffer in self._buffers(layer))
+            self._before = [buffer.to(torch.float64, copy=True) for buffer in buffers]
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -73,6 +74,7 @@ class SharedStatistics:
 
     @staticmethod
     def _buffers(layer: PartitionedBatchNorm) -> Iterator[Tensor]:
-        assert layer.running_mean is not None and layer.running_var is not None
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
         yield layer.running_mean
         yield layer.running_var

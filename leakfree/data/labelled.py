@@ -1,4 +1,4 @@
-"""Labelled images for classifiers: the embedded digits, or a folder of images for each class; and their batches.
+"""Labelled images: the embedded digits, CIFAR, or a folder of images for each class; and their batches.
 
 A batch is (images float32 (N, 3, S, S), labels int64 (N,), domains int64 (N,)). Pixels are in [0, 1] before they are
 corrupted, made noisy and standardized, in this order. A domain is the corruption of an image.
@@ -6,6 +6,7 @@ corrupted, made noisy and standardized, in this order. A domain is the corruptio
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
 from leakfree.config.schema import ClassificationDataConfig, ImagesConfig, LabelledDataConfig
+from leakfree.data.cifar import CIFAR, read_cifar
 from leakfree.data.digits import SPLITS, Split, digit_images, digits_of
 from leakfree.data.images import read_image
 from leakfree.data.samplers import SameClassBatchSampler, TrainingBatchSampler
@@ -56,12 +58,24 @@ class _DigitReader:
         return self.pixels[index].expand(3, -1, -1)
 
 
-class _FileReader:
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = np.array(paths)  # of one block: loader processes share it
+class _PixelReader:
+    """Images in memory, 1 byte a value: of one block, which loader processes share."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels
 
     def __call__(self, index: int) -> Tensor:
-        return functional.to_dtype(read_image(str(self.paths[index])), torch.float32, scale=True)
+        return functional.to_dtype(self.pixels[index], torch.float32, scale=True)
+
+
+class _FileReader:
+    """Files by path: of one block, which loader processes share, 1 byte a character."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = np.array([os.fsencode(path) for path in paths])
+
+    def __call__(self, index: int) -> Tensor:
+        return functional.to_dtype(read_image(os.fsdecode(self.paths[index])), torch.float32, scale=True)
 
 
 @dataclass(frozen=True)
@@ -94,8 +108,11 @@ class LabelledImages:
 def build_images(config: LabelledDataConfig, split: Split) -> LabelledImages:
     """Open one split of ``data``. No digit is in both splits; they are those of the digit scenes.
 
+    CIFAR is read into memory; the ``val`` split is its official test set. Of a folder only the names are read here.
+
     Raises:
-        DataError: a folder that is missing, has no folder of a class, or a class without an image; names the key.
+        DataError: a folder that is missing, has no folder of a class, or a class without an image; a file of CIFAR
+            that is missing, damaged or another one. Names the key.
     """
     part: ImagesConfig = getattr(config, split)
     domains = list(dict.fromkeys([*config.train.corruptions, *config.val.corruptions]))
@@ -103,6 +120,8 @@ def build_images(config: LabelledDataConfig, split: Split) -> LabelledImages:
         labels = digit_images()[1][digits_of(split)].astype(np.int64)
         return LabelledImages([str(value) for value in range(10)], labels, part, domains, split, _DigitReader(split))
     key, path = f"data.{split}.path", Path(config.root) / part.path
+    if part.name in CIFAR:
+        return _cifar(part, path, key, domains, split)
     if not part.path:
         raise DataError(f"{key} is empty; give a folder, absolute or relative to data.root ({config.root})")
     if not path.is_dir():
@@ -119,6 +138,14 @@ def build_images(config: LabelledDataConfig, split: Split) -> LabelledImages:
     return LabelledImages(
         list(folder.classes), np.array(labels, dtype=np.int64), part, domains, split, _FileReader(files)
     )
+
+
+def _cifar(part: ImagesConfig, path: Path, key: str, domains: list[str], split: Split) -> LabelledImages:
+    try:
+        found = read_cifar(part.name, path, split)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
+    return LabelledImages(found.classes, found.labels, part, domains, split, _PixelReader(found.pixels))
 
 
 # -------------------------------------------------------------------------------------- corruptions

@@ -3,14 +3,14 @@
 from leakfree.evaluation.coco import CocoAp
 from leakfree.evaluation.features import Features, extract_features
 from leakfree.evaluation.neighbors import (
-    InvertedLists,
+    few_label_knn_accuracy,
     knn_accuracy,
     knn_predict,
-    nearest,
     recall_at_k,
     retrieval_map,
 )
 from leakfree.evaluation.probes import LinearProbe, linear_probe
+from leakfree.evaluation.search import InvertedLists, nearest
 
 __all__ = [
     "CocoAp",
@@ -18,6 +18,7 @@ __all__ = [
     "InvertedLists",
     "LinearProbe",
     "extract_features",
+    "few_label_knn_accuracy",
     "knn_accuracy",
     "knn_predict",
     "linear_probe",

@@ -4,11 +4,13 @@ from leakfree.leakage.companions import ProbeResult, SwapResult, batchmate_probe
 from leakfree.leakage.composition import CompositionGap, composition_gap, error_rates
 from leakfree.leakage.estimation_shift import EstimationShift, LayerShift, estimation_shift
 from leakfree.leakage.influence import InfluenceResult, cross_sample_influence
+from leakfree.leakage.pretext import PretextGap, pretext_gap
 
 __all__ = [
     "CompositionGap",
     "EstimationShift",
     "LayerShift",
+    "PretextGap",
     "ProbeResult",
     "SwapResult",
     "batchmate_probe",
@@ -18,4 +20,5 @@ __all__ = [
     "cross_sample_influence",
     "error_rates",
     "estimation_shift",
+    "pretext_gap",
 ]

@@ -19,8 +19,9 @@ from leakfree.contrastive import (
     validate,
 )
 from leakfree.data import build_images
+from leakfree.records import Evaluation
 from leakfree.state import load_weights
-from leakfree.training.tasks import Evaluation, Track
+from leakfree.training.tasks import Track
 
 __all__ = ["ContrastiveTask"]
 
@@ -41,6 +42,9 @@ class ContrastiveTask:
         if weights:
             load_weights(self.model, weights, parts)
         self._accuracy: Tensor | None = None
+
+    def num_train_images(self) -> int:
+        return len(self.images["train"])
 
     def faults(self) -> list[str]:
         return []  # an image that cannot be read ends the run
@@ -79,5 +83,4 @@ class ContrastiveTask:
         return validate(self.method, self.config, self.images, track=track)
 
     def evaluate(self, track: Track) -> Evaluation:
-        found = evaluate_contrastive(self.method, self.config, self.images, track=track)
-        return Evaluation(found.results, found.leakage, found.notes)
+        return evaluate_contrastive(self.method, self.config, self.images, track=track)

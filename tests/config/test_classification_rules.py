@@ -26,6 +26,7 @@ def test_the_defaults_are_a_config(load, caplog):
     ("overrides", "key", "words"),
     [
         (["data.train.name=image_folder"], "data.train.path", ["is empty", "subfolder of images for each class"]),
+        (["data.train.name=cifar"], "data.train.name", ["'cifar'", "valid: ", "cifar10"]),
         (["data.val.corruptions=[]"], "data.val.corruptions", ["is empty", "none, blur, contrast, invert"]),
         (["data.val.corruptions=[fog]"], "data.val.corruptions[0]", ["'fog'", "valid: ", "blur"]),
         (["model.norm=DomainBN", "data.val.corruptions=[blur]"], "data.val.corruptions", ["no statistics for blur"]),
@@ -112,6 +113,8 @@ def test_a_setting_without_effect_is_one_warning(load, overrides, key, words, ca
         ["model.norm=CBN", "model.norm_options={burn_in: 9}", "schedule.scale_ramps=false"],
         ["data.train.noise=0.1", "data.train.seed=4"],
         ["model.norm=none"],
+        ["data.train.name=cifar10", "data.val.name=cifar10"],
+        ["data.train.name=cifar100", "data.train.path=somewhere"],
     ],
 )
 def test_what_keeps_the_rules_passes_without_a_word(load, overrides, caplog):

@@ -150,6 +150,26 @@ def test_a_folder_of_classes_is_read_as_squares_from_the_middle(folder):
     torch.testing.assert_close(pixels[0], expected)
 
 
+def test_a_tree_like_imagenets_is_a_folder_of_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, size in (("train", (40, 30)), ("val", (30, 50))):
+        for synset in ("n01440764", "n01443537", "n15075141"):
+            place = tmp_path / "imagenet" / split / synset
+            place.mkdir(parents=True)
+            for name, mode in ((f"{synset}_10026.JPEG", "RGB"), (f"{synset}_7.JPEG", "L")):
+                image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
+                image.save(place / name, format="JPEG")
+    train, val = (ImagesConfig(name="image_folder", path=f"imagenet/{split}") for split in ("train", "val"))
+    config = data_config(root=str(tmp_path), train=train, val=val, image_size=16)
+    for split in ("train", "val"):
+        images = build_images(config, split)
+        assert images.classes == ["n01440764", "n01443537", "n15075141"]
+        assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
+        assert images.read(1).shape == ((3, 40, 30) if split == "train" else (3, 30, 50))
+        pixels, labels, _ = batch_of(config, split, [0, 5])
+        assert (pixels.shape, labels.tolist()) == ((2, 3, 16, 16), [0, 2])
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_broken_image_is_one_line_with_its_file(folder, num_workers):
     config = folder_config(folder)

@@ -1,40 +1,27 @@
-"""kNN, recall and mAP against plain float64 formulas; both backends; one rank and several."""
+"""kNN, recall and mAP against plain float64 formulas and lightly's kNN; both backends; one rank and several."""
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression, Ridge
-from torch import nn
+from lightly.utils.benchmarking import knn_predict as lightly_knn_predict
 
 from leakfree.errors import ConfigError, DataError
 from leakfree.evaluation import (
     InvertedLists,
     extract_features,
+    few_label_knn_accuracy,
     knn_accuracy,
     knn_predict,
-    linear_probe,
-    nearest,
     recall_at_k,
     retrieval_map,
 )
+from tests.evaluation.blobs import BACKENDS, blobs, exact_similarity
 from tests.ranks import run_ranks
-
-BACKENDS = ["faiss", "torch"]
-
-
-def _blobs(n, classes=4, width=6, spread=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
-    y = torch.randint(classes, (n,), generator=generator)
-    return centers[y] + spread * torch.randn(n, width, generator=generator), y
-
-
-def _similarity(bank, queries):
-    bank, queries = bank.double().numpy(), queries.double().numpy()
-    bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, queries))
-    return queries @ bank.T
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -42,8 +29,8 @@ def _similarity(bank, queries):
 @given(n=st.integers(2, 40), m=st.integers(1, 30), k=st.integers(1, 40), seed=st.integers(0, 99))
 def test_votes_are_those_of_the_formula(backend, n, m, k, seed):
     k = min(k, n)
-    (train_x, train_y), (test_x, test_y) = _blobs(n, seed=seed), _blobs(m, seed=seed + 100)
-    similarity = _similarity(train_x, test_x)
+    (train_x, train_y), (test_x, test_y) = blobs(n, seed=seed), blobs(m, seed=seed + 100)
+    similarity = exact_similarity(train_x, test_x)
     votes = np.zeros((m, 4))
     for row, order in enumerate(np.argsort(-similarity, axis=1)[:, :k]):
         for index in order:
@@ -56,77 +43,169 @@ def test_votes_are_those_of_the_formula(backend, n, m, k, seed):
     assert accuracy == pytest.approx((predicted[:, 0] == test_y).double().mean().item())
 
 
-@pytest.mark.parametrize("exclude_self", [False, True])
-def test_backends_find_the_same_neighbours(exclude_self):
-    bank, _ = _blobs(3000)
-    queries = bank if exclude_self else _blobs(1500, seed=1)[0]
-    found = {b: nearest(bank, queries, 7, backend=b, exclude_self=exclude_self) for b in BACKENDS}
-    torch.testing.assert_close(found["faiss"][0], found["torch"][0], atol=1e-5, rtol=0)
-    assert (found["faiss"][1] == found["torch"][1]).double().mean() > 0.999
-    exact = _similarity(bank, queries)
-    if exclude_self:
-        np.fill_diagonal(exact, -2)
-        assert not (found["torch"][1] == torch.arange(len(bank))[:, None]).any()
-    np.testing.assert_allclose(found["torch"][0].numpy(), -np.sort(-exact, axis=1)[:, :7], atol=1e-5)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("k", "temperature"), [(200, 0.1), (20, 0.07), (1, 0.5)])
+def test_predictions_are_lightlys(backend, k, temperature):
+    (train_x, train_y), (test_x, _) = (blobs(n, 10, 32, 2.0, seed) for n, seed in ((3000, 0), (700, 1)))
+    bank = F.normalize(train_x, dim=1).T.contiguous()
+    theirs = lightly_knn_predict(F.normalize(test_x, dim=1), bank, train_y, 10, knn_k=k, knn_t=temperature)
+    ours = knn_predict(train_x, train_y, test_x, k=k, temperature=temperature, num_classes=10, backend=backend)
+    assert torch.equal(ours[:, 0], theirs[:, 0])
+    if k == 200:  # each class has votes: no ties
+        assert (ours == theirs).double().mean() > 0.999
 
 
-def test_duplicates_do_not_hide_that_a_query_is_itself():
-    bank = torch.ones(5, 3)
+def test_a_low_temperature_does_not_overflow():
+    (train_x, train_y), (test_x, _) = blobs(40), blobs(20, seed=1)
+    nearest_class = knn_predict(train_x, train_y, test_x, k=1)[:, 0]
+    assert torch.equal(knn_predict(train_x, train_y, test_x, k=20, temperature=1e-6)[:, 0], nearest_class)
+
+
+def test_equal_votes_go_to_the_smaller_class():
+    bank, y = torch.ones(4, 3), torch.tensor([3, 1, 1, 3])
     for backend in BACKENDS:
-        _, index = nearest(bank, bank, 4, backend=backend, exclude_self=True)
-        assert index.shape == (5, 4)
-
-
-def test_inverted_lists_with_all_probes_are_exact():
-    bank, queries = _blobs(2000)[0], _blobs(50, seed=1)[0]
-    exact = nearest(bank, queries, 5)[0]
-    torch.testing.assert_close(nearest(bank, queries, 5, approximate=InvertedLists(20, 20))[0], exact)
-    some = nearest(bank, queries, 5, approximate=InvertedLists(20, 2))[0]
-    assert (some <= exact + 1e-6).all()
+        assert knn_predict(bank, y, torch.ones(1, 3), k=4, num_classes=5, backend=backend).tolist() == [[1, 3, 0, 2, 4]]
+        assert knn_accuracy(bank, y, torch.ones(2, 3), torch.tensor([1, 3]), k=4, backend=backend) == 0.5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_recall_and_average_precision(backend):
-    (train_x, train_y), (test_x, test_y) = _blobs(60, spread=2.0), _blobs(20, spread=2.0, seed=1)
-    order = np.argsort(-_similarity(train_x, test_x), axis=1)
+def test_leaving_one_out_is_a_bank_without_it(backend):
+    x, y = blobs(30, spread=2.0)
+    hits = 0
+    for i in range(30):
+        others = torch.arange(30) != i
+        hits += int(knn_predict(x[others], y[others], x[i : i + 1], k=5, num_classes=4, backend=backend)[0, 0] == y[i])
+    assert knn_accuracy(x, y, x, y, k=5, backend=backend, exclude_self=True) == hits / 30
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 99), k=st.integers(1, 60))
+def test_recall_and_average_precision(backend, seed, k):
+    (train_x, train_y), (test_x, test_y) = blobs(60, spread=2.0, seed=seed), blobs(20, spread=2.0, seed=seed + 100)
+    order = np.argsort(-exact_similarity(train_x, test_x), axis=1)
     hits = train_y.numpy()[order] == test_y.numpy()[:, None]
     recall = recall_at_k(train_x, train_y, test_x, test_y, ks=(1, 3, 10), backend=backend)
     assert recall == {k: pytest.approx(hits[:, :k].any(1).mean()) for k in (1, 3, 10)}
-    precision = [np.mean([row[: i + 1].mean() for i in np.flatnonzero(row)]) for row in hits]
-    assert retrieval_map(train_x, train_y, test_x, test_y, backend=backend) == pytest.approx(np.mean(precision))
+    for cut in (None, k):
+        precision = [
+            sum(row[: i + 1].mean() for i in np.flatnonzero(row[:cut])) / min(row.sum(), cut or 60) for row in hits
+        ]
+        found = retrieval_map(train_x, train_y, test_x, test_y, k=cut, backend=backend)
+        assert found == pytest.approx(np.mean(precision))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (0.0, "zero")])
-def test_a_feature_without_direction_is_told(backend, value, kind):
-    bank, y = _blobs(10)
-    bank[3] = value
-    with pytest.raises(DataError, match=f"bank: feature 3 is {kind} \\(1 of 10"):
-        knn_accuracy(bank, y, *_blobs(5), backend=backend, k=2)
-    with pytest.raises(DataError, match="queries: feature 3"):
-        knn_accuracy(*_blobs(5), bank, y, backend=backend, k=2)
+def test_average_precision_counts_what_can_be_found(backend):
+    bank = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]])
+    y = torch.tensor([0, 1, 0, 2])
+    # Rows 0 and 2 find each other second; rows 1 and 3 have nobody.
+    assert retrieval_map(bank, y, bank, y, exclude_self=True, backend=backend) == pytest.approx(0.5)
+    # Class 7 is not in the bank and does not count; row 0 finds itself first, its match third.
+    found = retrieval_map(bank, y, bank[:2], torch.tensor([0, 7]), backend=backend)
+    assert found == pytest.approx((1 + 2 / 3) / 2)
+    with pytest.raises(DataError, match="no query shares its class"):
+        retrieval_map(bank, y, bank[:1], torch.tensor([7]), backend=backend)
+
+
+def test_inverted_lists_with_all_probes_give_the_same_measures():
+    (train_x, train_y), (test_x, test_y) = blobs(300, spread=2.0), blobs(50, spread=2.0, seed=1)
+    data, all_of_them = (train_x, train_y, test_x, test_y), InvertedLists(8, 8)
+    for measure, options in ((knn_accuracy, {"k": 9}), (recall_at_k, {"ks": (1, 5)}), (retrieval_map, {"k": 20})):
+        assert measure(*data, **options, approximate=all_of_them) == measure(*data, **options)
+    with pytest.raises(ConfigError, match="give k"):
+        retrieval_map(*data, approximate=all_of_them)
+
+
+# ---------------------------------------------------------------------------------------------------------- few labels
+
+
+def test_few_labels_are_drawn_of_each_class():
+    (train_x, train_y), (test_x, test_y) = blobs(200, spread=2.0), blobs(100, spread=2.0, seed=1)
+    data = (train_x, train_y, test_x, test_y)
+    counts = train_y.bincount()
+    least = int(counts.min())
+    found = few_label_knn_accuracy(*data)
+    assert found == few_label_knn_accuracy(*data)
+    assert len({few_label_knn_accuracy(*data, seed=seed) for seed in range(5)}) > 1
+    draws = [few_label_knn_accuracy(*data, draws=n) * n for n in range(1, 11)]
+    assert len({round(after - before, 9) for before, after in itertools.pairwise(draws)}) > 1
+    assert found * 10 == pytest.approx(draws[-1])
+    assert abs(found - knn_accuracy(*data, k=5)) < 0.2
+    with pytest.raises(DataError, match=f"has {least} rows in the bank, fewer than {least + 1}"):
+        few_label_knn_accuracy(*data, labels_per_class=least + 1)
+    with pytest.raises(ConfigError, match="at least 1"):
+        few_label_knn_accuracy(*data, draws=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_many_labels_as_there_are_is_knn(backend):
+    train_y = torch.arange(40) % 4
+    train_x = blobs(40, spread=2.0)[0]
+    test_x, test_y = blobs(30, spread=2.0, seed=1)
+    few = few_label_knn_accuracy(
+        train_x, train_y, test_x, test_y, labels_per_class=10, draws=3, temperature=0.1, backend=backend
+    )
+    assert few == pytest.approx(knn_accuracy(train_x, train_y, test_x, test_y, 5, 0.1, backend))
+    one = few_label_knn_accuracy(train_x, train_y, train_x, train_y, labels_per_class=1, k=4, draws=4, backend=backend)
+    assert one >= 4 / 40  # each drawn row finds itself
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks
+
+
+def _on_ranks(rank, world_size, count, cuts):
+    train, test = blobs(53, spread=2.0), blobs(count, spread=2.0, seed=1)
+    banks = []
+    for x, y in (train, test):
+        ends = [len(x) * cut // 100 for cut in cuts]
+        numbers = torch.arange(len(x))[ends[rank] : ends[rank + 1]]
+        batches = [(x[part], y[part], part) for part in numbers.split(7) if len(part)]
+        banks.append(extract_features(torch.nn.Flatten(), batches))
+    data = (banks[0].x, banks[0].y, banks[1].x, banks[1].y)
+    return [knn_accuracy(*data, 5, backend=backend, over_ranks=True) for backend in BACKENDS] + [
+        knn_accuracy(*data, 5), recall_at_k(*data)[4], retrieval_map(*data)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [2, 20])
+@pytest.mark.parametrize("cuts", [[0, 50, 100], [0, 30, 30, 100], [0, 0, 0, 100]])
+def test_ranks_agree_with_one_process(count, cuts):
+    alone = _on_ranks(0, 1, count, [0, 100])
+    for found in run_ranks(_on_ranks, len(cuts) - 1, count, cuts, timeout=20):
+        assert found == alone
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
 
 
 def test_mistakes_are_told():
-    x, y = _blobs(10)
-    with pytest.raises(ConfigError, match="unknown backend 'fais'; choose from faiss, torch"):
-        knn_accuracy(x, y, x, y, k=2, backend="fais")
-    with pytest.raises(ConfigError, match="k must be from 1 to 10"):
-        knn_accuracy(x, y, x, y, k=11)
+    x, y = blobs(10)
     with pytest.raises(ConfigError, match="temperature"):
         knn_accuracy(x, y, x, y, k=2, temperature=0.0)
-    with pytest.raises(DataError, match="the bank has 6 features a row, the queries 3"):
-        nearest(x, x[:, :3], 2)
     with pytest.raises(DataError, match="expected 10 integer classes"):
         knn_accuracy(x, y[:5], x, y, k=2)
-    with pytest.raises(ConfigError, match="num_probes"):
-        InvertedLists(4, 5)
-    with pytest.raises(ConfigError, match="searches exactly"):
-        nearest(x, x, 2, backend="torch", approximate=InvertedLists(2, 1))
+    with pytest.raises(DataError, match="expected 10 integer classes"):
+        knn_accuracy(x, y, x, y.float(), k=2)
+    with pytest.raises(ConfigError, match="does not go with exclude_self"):
+        knn_accuracy(x, y, x, y, k=2, exclude_self=True, over_ranks=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_no_measure_ranks_a_feature_without_direction(backend, value):
+    x, y = blobs(10)
+    broken = x.clone()
+    broken[3] = value
+    for measure, options in ((knn_accuracy, {"k": 2}), (recall_at_k, {"ks": (1,)}), (retrieval_map, {})):
+        with pytest.raises(DataError, match="bank: feature 3"):
+            measure(broken, y, x, y, backend=backend, **options)
+        with pytest.raises(DataError, match="queries: feature 3"):
+            measure(x, y, broken, y, backend=backend, **options)
 
 
 def test_empty_sets_and_classes_out_of_range_are_told():
-    x, y = _blobs(10)
+    x, y = blobs(10)
     with pytest.raises(DataError, match="there are no queries"):
         knn_accuracy(x, y, x[:0], y[:0], k=2)
     with pytest.raises(DataError, match="the bank is empty"):
@@ -138,122 +217,3 @@ def test_empty_sets_and_classes_out_of_range_are_told():
     for ks in ((), (0, 1)):
         with pytest.raises(ConfigError, match="at least 1 each"):
             recall_at_k(x, y, x, y, ks)
-    with pytest.raises(DataError, match="from 0 to 1"):
-        linear_probe(x, y, x, y, num_classes=2)
-    with pytest.raises(DataError, match="from 0 to"):
-        linear_probe(x, y - 5, x, y)
-    with pytest.raises(DataError, match="different widths"):
-        linear_probe(x, y, x[:, :3], y)
-
-
-# --------------------------------------------------------------------------------------------------------------- probe
-
-
-def test_the_probe_is_scikit_learns():
-    (train_x, train_y), (test_x, test_y) = _blobs(300, spread=1.5), _blobs(200, spread=1.5, seed=1)
-    probe = linear_probe(train_x, train_y, test_x, test_y, weight_decay=1e-3)
-    std = train_x.double().std(0, correction=0)
-    train, test = ((x.double() - train_x.double().mean(0)) / std for x in (train_x, test_x))
-    peer = LogisticRegression(C=1 / (1e-3 * 300), tol=1e-10, max_iter=5000).fit(train.numpy(), train_y.numpy())
-    loss = [
-        torch.nn.functional.cross_entropy(logits, train_y).item() + 5e-4 * float((weight**2).sum())
-        for logits, weight in (
-            (probe.logits(train_x), probe.weight),
-            (torch.from_numpy(peer.decision_function(train.numpy())), peer.coef_),
-        )
-    ]
-    assert loss[0] <= loss[1] + 1e-7
-    assert probe.accuracy == pytest.approx(peer.score(test.numpy(), test_y.numpy()), abs=0.01)
-    quick = linear_probe(train_x, train_y, test_x, test_y, closed_form=True, weight_decay=1e-3)
-    ridge = Ridge(alpha=1e-3 * 300).fit(train.numpy(), torch.nn.functional.one_hot(train_y).double().numpy())
-    np.testing.assert_allclose(quick.weight.numpy().T, ridge.coef_, atol=1e-8)
-    assert quick.accuracy == pytest.approx((ridge.predict(test.numpy()).argmax(1) == test_y.numpy()).mean())
-
-
-def test_a_constant_feature_and_broken_ones():
-    x, y = _blobs(50)
-    x[:, 2] = 7.0
-    assert linear_probe(x, y, x, y, closed_form=True).weight.isfinite().all()
-    x[3, 1] = float("nan")
-    with pytest.raises(DataError, match="not finite"):
-        linear_probe(x, y, x, y)
-    with pytest.raises(DataError, match="0 training"):
-        linear_probe(x[:0], y[:0], x[4:], y[4:])
-
-
-def _probe_on_ranks(rank, world_size, cuts):
-    (train_x, train_y), (test_x, test_y) = _blobs(101, spread=1.5), _blobs(53, spread=1.5, seed=1)
-    mine, of_test = slice(cuts[rank], cuts[rank + 1]), slice(rank, None, world_size)
-    out = []
-    for closed_form in (False, True):
-        probe = linear_probe(
-            train_x[mine], train_y[mine], test_x[of_test], test_y[of_test], closed_form=closed_form, weight_decay=1e-2
-        )
-        out.append((probe.accuracy, probe.weight.tolist()))
-    return out
-
-
-@pytest.mark.parametrize("cuts", [[0, 40, 101], [0, 0, 101], [0, 7, 7, 101]])
-def test_the_probe_of_ranks_is_that_of_one_process(cuts):
-    alone = _probe_on_ranks(0, 1, [0, 101])
-    for found in run_ranks(_probe_on_ranks, len(cuts) - 1, cuts, timeout=20):
-        for (accuracy, weight), (expected_accuracy, expected_weight) in zip(found, alone, strict=True):
-            assert accuracy == expected_accuracy
-            np.testing.assert_allclose(weight, expected_weight, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------------------ features
-
-
-class _Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(3)
-
-    def forward(self, x):
-        return self.norm(x) * 2
-
-
-def _batches(x, y, numbers, size=4):
-    return [(x[part], y[part], part) for part in torch.as_tensor(numbers).split(size)]
-
-
-def _extract_on_ranks(rank, world_size, folder):
-    x, y = _blobs(11, width=3)
-    padded = torch.arange(12) % 11  # what samplers do to give every rank as many
-    model = _Model()
-    found = extract_features(model, _batches(x, y, padded[rank::world_size]), folder=folder)
-    assert model.training
-    assert model.norm.training
-    assert isinstance(found.x, torch.Tensor)
-    return found.x.tolist(), found.y.tolist()
-
-
-@pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_features_of_ranks_count_each_sample_once(ranks, mapped, tmp_path):
-    x, y = _blobs(11, width=3)
-    expected = _Model().eval()(x)
-    for features, classes in run_ranks(_extract_on_ranks, ranks, tmp_path if mapped else None, timeout=20):
-        torch.testing.assert_close(torch.tensor(features), expected)
-        assert classes == y.tolist()
-
-
-def test_mapped_features_of_before_stay_what_they_are(tmp_path):
-    (train_x, train_y), (val_x, val_y) = _blobs(64, width=3), _blobs(4, width=3, seed=1)
-    train = extract_features(nn.Flatten(), _batches(train_x, train_y, range(64)), folder=tmp_path)
-    val = extract_features(nn.Flatten(), _batches(val_x, val_y, range(4)), folder=tmp_path)
-    assert torch.equal(train.x, train_x)
-    assert torch.equal(val.x, val_x)
-
-
-def test_gaps_and_contradictions_are_told():
-    x, y = _blobs(6, width=3)
-    with pytest.raises(DataError, match="3 is missing"):
-        extract_features(_Model(), _batches(x, y, [0, 1, 2, 4, 5]))
-    with pytest.raises(DataError, match="two different classes"):
-        extract_features(_Model(), [*_batches(x, y, range(6)), (x[:1], y[:1] + 1, torch.tensor([0]))])
-    with pytest.raises(DataError, match="no samples"):
-        extract_features(_Model(), [])
-    with pytest.raises(DataError, match="a batch of 3 images has 2 classes and 3 sample numbers"):
-        extract_features(_Model(), [(x[:3], y[:2], torch.arange(3))])
