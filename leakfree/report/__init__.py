@@ -20,18 +20,18 @@ def compare(runs: list[str], output: str | None = None, title: str | None = None
     """Print a comparison of runs and write it as a self-contained HTML page.
 
     Runs whose configs differ only in seed and output folder are one variant: its numbers are the mean and
-    the range over its runs. The order is that of ``runs``. Numbers that a run does not have are shown as
-    n.a. with the reason its record gives; unfinished runs are shown with a mark.
+    the range over its runs. The order is that of ``runs``; runs of several tasks have a section for each. Numbers
+    that a run does not have are shown as n.a. with the reason its record gives; unfinished runs are shown with a mark.
 
     Args:
         runs: output folders of runs (or paths of their ``record.json``).
         output: the page to write, ``*.html``; None prints only. Written atomically; missing parents are made.
         title: heading of the page.
-        baseline: label, folder name or path of the run that differences refer to.
+        baseline: label, folder name or path of the run that differences refer to, in the section of its task.
 
     Raises:
-        RunError: no run, a folder without a usable record, a folder given twice, runs of different tasks,
-            an unknown baseline, or an output that cannot be written.
+        RunError: no run, a folder without a usable record, a folder given twice, an unknown baseline, or an output
+            that cannot be written.
     """
     target = None if output is None else _checked_output(output)
     variants = group_runs(load_runs(runs))

@@ -17,12 +17,13 @@ from rich.text import Text
 
 from leakfree.report import finding, tables
 from leakfree.report.measures import HEADLINE, LEAK, Group
-from leakfree.report.runs import Variant
+from leakfree.report.runs import Variant, by_task
+from leakfree.report.words import words_of
 
 __all__ = ["print_comparison"]
 
-_BOX, _MASK, _GAP, _ACCURACY, _ACCURACY_GAP, _INFLUENCE, _OF_IMAGES, _COST = HEADLINE
-_ROI, _, _PAIRS, _, _ = LEAK
+_BOX, _MASK, _GAP, _ACCURACY, _ACCURACY_GAP, _INFLUENCE, _OF_IMAGES, _KNN, _LINEAR, _PRETEXT, _LOSS, _COST = HEADLINE
+_ROI, _, _PAIRS, _, _, _PROBE, _SWAP, _OF_QUERIES = LEAK
 _GROUPS = [
     Group("Box AP", _BOX.measures),
     Group("Mask AP", _MASK.measures),
@@ -33,6 +34,12 @@ _GROUPS = [
     Group("Gap", _ACCURACY_GAP.measures),
     Group("Influence", _INFLUENCE.measures),
     Group("Influence", _OF_IMAGES.measures),
+    Group("kNN", _KNN.measures),
+    Group("Linear", _LINEAR.measures),
+    Group("Pretext", (*_PRETEXT.measures, *_LOSS.measures)),
+    Group("Probe", _PROBE.measures),
+    Group("Swap", _SWAP.measures),
+    Group("Influence", _OF_QUERIES.measures),
     Group("Cost", _COST.measures),
 ]
 _HEADS = {
@@ -53,10 +60,16 @@ _HEADS = {
     "between images": "betw.",
     "in a class": "in cls",
     "between classes": "betw.",
+    "same mates": "same",
+    "other mates": "other",
+    "same − other": "gap",
+    "loss fallen, %": "fall.",
+    "key moves by": "moves",
+    "in a group": "in grp",
+    "between groups": "betw.",
     "s per step": "s/step",
     "peak memory, MiB": "MiB",
 }
-_STRUCTURED = {"detection": "(a) statistics per image", "classification": "(d) statistics of images of one class"}
 _NAME_WIDTH = 24
 _PADDING = 2  # between columns: one sign of padding, one of the table's divider
 _ASCII = str.maketrans({"−": "-", "–": "-", "°": "o", "“": '"', "”": '"'})
@@ -75,7 +88,15 @@ class _Column:
 
 
 def print_comparison(variants: Sequence[Variant], console: Console, baseline: Variant | None = None) -> None:
-    """Print the finding, the tables, and what to mind: the numbers of the page."""
+    """Print the finding, the tables, and what to mind, for each task: the numbers of the page."""
+    tasks = by_task(variants)
+    for number, (task, members) in enumerate(tasks.items()):
+        if len(tasks) > 1:
+            _print(console, "\n" * (number > 0) + f"== {task} ==", style="bold")
+        _print_task(members, console, next((item for item in members if item is baseline), None))
+
+
+def _print_task(variants: Sequence[Variant], console: Console, baseline: Variant | None) -> None:
     table = tables.select(_GROUPS, variants, baseline)
     found = finding.find(variants, baseline)
     _print(console, found.headline.striptags(), style="bold")
@@ -87,16 +108,20 @@ def print_comparison(variants: Sequence[Variant], console: Console, baseline: Va
     for row in table.rows:
         for column, cell in zip(columns, row.cells, strict=True):
             column.cells.append(_text(cell))
+    if variants[0].task == "contrastive":
+        for part in tables.normalized_parts(variants):
+            words = [tables.normalized_together(variant, part).replace(", ", ",\n") for variant in variants]
+            columns.append(_Column("Together", part, words))
     names = [variant.label + (" (unfinished)" if not variant.finished else "") for variant in variants]
     name_width = min(_NAME_WIDTH, max(map(cell_len, ["run", *names]))) + _PADDING
     for block in _blocks(columns, console.width - name_width):
         width = max(console.width, name_width + sum(column.width for column in block))
         console.print(_block(names, name_width, block, console), width=width, crop=False)
-    structured = _STRUCTURED.get(variants[0].runs[0].record.task, _STRUCTURED["detection"])
+    blind = any(cell.is_blind for row in table.rows for cell in row.cells)
     _print(
         console,
-        f"AP and accuracy x100. {structured}, (b) of random groups, (c) of the population; run.: running averages.\n"
-        "* best   ! leak   ° stored statistics stand in for precise ones",
+        f"{words_of(variants[0].task).console}\n* best   ! leak   ° stored statistics stand in for precise ones"
+        + "   ? near the loss of features that tell nothing" * blind,
     )
     if any(column.head in ("targ.", "mix.") for column in columns):
         _print(console, "targ.: statistics of the target domain (AdaBN); mix.: mixture of domains (BN embeddings)")
@@ -110,8 +135,9 @@ def _text(cell: tables.Cell) -> str:
     """A number with its marks, and below it the range over seeds and the difference from the baseline."""
     if cell.value is None:
         return f"n.a.[{cell.footnote}]" if cell.footnote else "n.a."
-    marks = "°" * cell.stands_in + "*" * cell.is_best + "!" * cell.is_leak
-    return "\n".join(line for line in (cell.text + marks, cell.range, cell.delta, cell.partial) if line)
+    marks = "°" * cell.stands_in + "*" * cell.is_best + "!" * cell.is_leak + "?" * cell.is_blind
+    lines = (cell.text + marks, cell.range, cell.delta, cell.delta_range, cell.partial)
+    return "\n".join(line for line in lines if line)
 
 
 def _blocks(columns: Sequence[_Column], width: int) -> Iterator[list[_Column]]:

@@ -6,6 +6,7 @@ sheet, the SVG of :mod:`leakfree.report.svg`, the sentences of :mod:`leakfree.re
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from leakfree.report import finding, plots, svg, tables
-from leakfree.report.measures import LEAK_THRESHOLD, accuracy, adapted, ap, format_value, roi_accuracy
-from leakfree.report.runs import Run, Variant, flatten
+from leakfree.report.measures import LEAK_THRESHOLD, adapted, format_value
+from leakfree.report.runs import Run, Variant, by_task, flatten
+from leakfree.report.words import ADAPTED, words_of
 
 __all__ = ["render"]
 
@@ -51,7 +53,7 @@ def render(
     baseline: Variant | None = None,
     command: str = "",
 ) -> str:
-    """The page that compares ``variants``.
+    """The page that compares ``variants``, with a section for each task if there are several.
 
     Args:
         title: heading; by default it counts the variants.
@@ -64,32 +66,48 @@ def render(
     environment.filters["mode"] = lambda name: _MODES.get(name, name)
     environment.filters["breakable"] = _breakable
     environment.globals["swatch"] = _swatch
-    context = _context(variants, baseline)
+    for counted in ("table", "figure"):
+        environment.globals[f"next_{counted}"] = itertools.count(1).__next__
+    sections = [
+        # ids of the first section are bare, so that links to a page of one task stay what they are
+        _section(task, members, baseline, "" if number == 0 else f"-{number + 1}")
+        for number, (task, members) in enumerate(by_task(variants).items())
+    ]
     page = environment.get_template("report.html").render(
-        **context,
+        sections=sections,
         title=title or _title(variants),
+        subtitle=_subtitle(variants),
+        environment=tables.environment_rows([run for variant in variants for run in variant.runs]),
         command=command,
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
-        one_class=finding.is_one_class(variants),
         threshold=format_value(LEAK_THRESHOLD, "percent"),
     )
     return re.sub(r"\n\s*\n+", "\n", page).strip() + "\n"
 
 
-def _context(variants: Sequence[Variant], baseline: Variant | None) -> dict[str, Any]:
-    runs = [run for variant in variants for run in variant.runs]
+def _section(task: str, variants: Sequence[Variant], baseline: Variant | None, suffix: str) -> dict[str, Any]:
+    """What the page says of the variants of one task; ids end in ``suffix``."""
+    baseline = next((item for item in variants if item is baseline), None)
     notes = tables.footnotes(variants)
     headline = tables.headline_table(variants, baseline)
     cells = [cell for row in headline.rows for cell in row.cells]
     return {
+        "task": task,
+        "suffix": suffix,
+        "words": words_of(task),
         "variants": variants,
         "describe": tables.describe,
-        "subtitle": _subtitle(variants),
+        "facts": _facts(variants),
         "finding": finding.find(variants, baseline),
         "cautions": finding.cautions(variants),
         "baseline": baseline,
         "headline": headline,
-        "marks": {"stands_in": any(c.stands_in for c in cells), "leak": any(c.is_leak for c in cells)},
+        "marks": {
+            name: any(getattr(cell, name) for cell in cells)
+            for name in ("stands_in", "is_leak", "is_blind", "delta_range")
+        },
+        "many_seeds": any(len(variant.runs) > 1 for variant in variants),
+        "one_class": finding.is_one_class(variants),
         "uneven_seeds": len({len(variant.runs) for variant in variants if variant.finished}) > 1,
         "leak": tables.leak_table(variants),
         "cost": tables.cost_table(variants),
@@ -98,22 +116,23 @@ def _context(variants: Sequence[Variant], baseline: Variant | None) -> dict[str,
         "signature": plots.signature_panels(variants),
         "curves": plots.curve_panels(variants),
         "influence": plots.influence_panels(variants),
-        "adapted": any(measure.of(variant) for measure in adapted() for variant in variants),
-        "of_images": variants[0].runs[0].record.task == "classification",
+        "terms": _terms(task, variants),
         "differences": tables.config_differences(variants, baseline or variants[0]),
-        "environment": tables.environment_rows(runs),
         "footnotes": [(number, entry, _holders(variants, entry)) for number, entry in enumerate(notes, start=1)],
         "run_rows": [_run_row(index, variant, run) for index, variant in enumerate(variants) for run in variant.runs],
     }
 
 
+def _terms(task: str, variants: Sequence[Variant]) -> tuple[tuple[str, Markup], ...]:
+    """What the numbers of these variants mean."""
+    seen = any(measure.of(variant) for measure in adapted() for variant in variants)
+    return (*words_of(task).terms, *([ADAPTED] if seen else []))
+
+
 def _run_row(index: int, variant: Variant, run: Run) -> dict[str, Any]:
     """A run in the list of runs: its own numbers, without averaging, and the command that repeats it."""
     single = Variant(variant.label, [run])
-    detection = (ap("bbox"), roi_accuracy("val"))
-    shown = (accuracy(),) if run.record.task == "classification" else detection
-    columns = [measure for measures in shown for measure in (measures[0], measures[2])]
-    spreads = [(measure, measure.of(single)) for measure in columns]
+    spreads = [(measure, measure.of(single)) for _, measure in words_of(variant.task).of_a_run]
     given = Path(run.path)
     config = (given if given.is_dir() else given.parent) / "config.yaml"
     return {
@@ -156,24 +175,35 @@ def _kind(variants: Sequence[Variant]) -> str:
 
 
 def _title(variants: Sequence[Variant]) -> str:
-    task = variants[0].runs[0].record.task
-    if len(variants) == 1:
-        return f"Batch leakage in one {task} {_kind(variants)}"
-    return f"Batch leakage in {len(variants)} {task} {_kind(variants)}s"
+    parts = [
+        f"{'one' if len(members) == 1 else len(members)} {task} {_kind(members)}{'s' * (len(members) > 1)}"
+        for task, members in by_task(variants).items()
+    ]
+    return f"Batch leakage in {' and '.join(parts)}"
 
 
 def _subtitle(variants: Sequence[Variant]) -> list[str]:
-    """What was compared, in a few facts."""
-    flat = flatten(variants[0].config)
+    """What was compared, in a few facts; several tasks have their own beside what they share."""
     num_runs = sum(len(variant.runs) for variant in variants)
     seeds = sorted({seed for variant in variants for seed in variant.seeds})
     facts = [f"{num_runs} training{'s' * (num_runs > 1)}"]
     facts.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
+    return facts if len(by_task(variants)) > 1 else facts + _facts(variants)
+
+
+def _facts(variants: Sequence[Variant]) -> list[str]:
+    """Data and length of the runs of one task."""
+    flat = flatten(variants[0].config)
+    facts = []
     if flat.get("data.val.name") == "digit_scenes":
         sharing = flat.get("data.val.digits.class_sharing")
         facts.append(
             f"digit scenes, class sharing {sharing:g}" if isinstance(sharing, (int, float)) else "digit scenes"
         )
+    elif "data.views.name" in flat:
+        style = flat.get("data.views.style")
+        of_style = f", class-free illumination {style:g}" if isinstance(style, (int, float)) and style else ""
+        facts.append(f"{flat.get('data.val.name')}, {flat.get('data.views.name')} views{of_style}")
     elif flat.get("data.val.name") == "digits":
         facts.append(f"digits, batches {str(flat.get('data.composition')).replace('_', ' ')}")
     elif flat.get("data.val.annotations"):

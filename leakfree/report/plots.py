@@ -7,7 +7,7 @@ phone with readable text.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,30 +22,73 @@ from leakfree.report.measures import (
     Measure,
     accuracy,
     ap,
+    blind_loss,
+    features,
     format_value,
     influence,
     is_visible_leak,
     leak_gap,
     pairs,
+    pretext,
+    probe,
     roi_accuracy,
 )
-from leakfree.report.runs import Spread, Variant
+from leakfree.report.runs import Run, Spread, Variant
 from leakfree.report.svg import CARD, MUTED, STYLE, color, dashes, marker, to_svg
 
 __all__ = ["Panel", "curve_panels", "influence_panels", "signature_panels"]
 
 _WIDTH = 3.55  # inches at 96 pixels: a panel's own width
 _MAX_POINTS = 240  # of a curve; longer ones are averaged in bins
-_CURVES = {
-    "loss": "Loss",
-    "loss_classifier": "Classification loss",
-    "roi_accuracy": "RoI accuracy",
-    "accuracy": "Accuracy",
-    "loss_mask": "Mask loss",
-    "loss_box_reg": "Box regression loss",
-}
-_SHARES = {"roi_accuracy": "% of RoIs, training", "accuracy": "% of images, training"}
-_MAX_CURVES = 3  # the first of these that the runs logged
+_NARROW = 2.75  # where four stand in a row
+_MAX_CURVES = 3  # the first that the runs logged, of those below
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A logged number over steps, and how the evaluation at the end of a finished run measured the same."""
+
+    key: str
+    final: Callable[[Run], float | None] = lambda run: None
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class _Plot:
+    title: str
+    lines: tuple[_Line, ...]
+    note: str = "training"
+    percent: bool = False
+    blind: bool = False  # with the loss of features that tell nothing
+
+
+_CURVES = (
+    _Plot("Loss", (_Line("loss"),)),
+    _Plot("Classification loss", (_Line("loss_classifier"),)),
+    _Plot("RoI accuracy", (_Line("roi_accuracy"),), "% of RoIs, training", percent=True),
+    _Plot("Accuracy", (_Line("accuracy"),), "% of images, training", percent=True),
+    _Plot("Mask loss", (_Line("loss_mask"),)),
+    _Plot("Box regression loss", (_Line("loss_box_reg"),)),
+)
+_PRETEXT_CURVES = (
+    _Plot("Pretext accuracy, training", (_Line("pretext"),), "% of queries", percent=True),
+    _Plot(
+        "Pretext accuracy, held-out",
+        (
+            _Line("pretext/same", lambda run: pretext("same").read(run.record)),
+            _Line("pretext/other", lambda run: pretext("other").read(run.record), dashed=True),
+        ),
+        "%; solid: same mates, dashed: other mates",
+        percent=True,
+    ),
+    _Plot(
+        "kNN accuracy",
+        (_Line("knn", lambda run: features("knn")[1].read(run.record)),),
+        "%, running averages",
+        percent=True,
+    ),
+    _Plot("Pretext loss, training", (_Line("loss"),), "dashed grey: features that tell nothing", blind=True),
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +102,11 @@ class Panel:
 
 
 def signature_panels(variants: Sequence[Variant]) -> list[Panel]:
-    """Accuracy (of RoIs, of images), box AP and mask AP under (a) or (d), (b) and (c): the signature of a leak."""
+    """Accuracy (of RoIs, of images), box AP and mask AP under (a) or (d), (b) and (c): the signature of a leak. Of
+    contrastive runs the pretext accuracy under the swap, beside its loss and kNN accuracy."""
+    task = _task(variants)
+    if task == "contrastive":
+        return _pretext_panels(variants)
     wanted = (
         ("RoI accuracy", roi_accuracy("val")),
         ("Box AP", ap("bbox")),
@@ -69,35 +116,62 @@ def signature_panels(variants: Sequence[Variant]) -> list[Panel]:
     panels = []
     for number, (title, measures) in enumerate(wanted):
         if any(measure.of(variant) for measure in measures[:3] for variant in variants):
-            panels.append(_signature(f"signature{number}", title, measures[:3], variants))
+            panels.append(_signature(f"{task}-signature{number}", title, measures[:3], variants))
     return panels
 
 
 def curve_panels(variants: Sequence[Variant]) -> list[Panel]:
-    """Training loss, classification loss and RoI accuracy (or another loss) over steps, as far as logged."""
+    """Training loss, classification loss and RoI accuracy (or another loss) over steps, as far as logged. Of
+    contrastive runs the pretext-gap curves: pretext accuracy in training and under the swap, kNN accuracy, loss."""
+    task = _task(variants)
+    contrastive = task == "contrastive"
     panels = []
-    for number, (key, title) in enumerate(_CURVES.items()):
-        curves = [(index, curve) for index, item in enumerate(variants) if len((curve := _curve(item, key)).steps) > 1]
+    for number, plot in enumerate(_PRETEXT_CURVES if contrastive else _CURVES):
+        curves = [
+            (index, line, curve)
+            for index, item in enumerate(variants)
+            for line in plot.lines
+            if len((curve := _curve(item, line)).steps) > 1
+        ]
         if curves:
-            panels.append(_curves(f"curve{number}", key, title, curves, variants))
-    return panels[:_MAX_CURVES]
+            panels.append(_curves(f"{task}-curve{number}", plot, curves, variants, _NARROW if contrastive else _WIDTH))
+    return panels if contrastive else panels[:_MAX_CURVES]
 
 
 def influence_panels(variants: Sequence[Variant]) -> list[Panel]:
-    """The composition gap, same-class against random pairs, and influence of other RoIs: a row per variant."""
+    """The gap of the task, same-class against random pairs, probes, and influence of others: a row per variant."""
+    task = _task(variants)
     panels = []
     if any(leak_gap(variant).of(variant) for variant in variants):
-        panels.append(_gaps("gaps", leak_gap(variants[0]), variants))
-    if any(pairs(name).of(variant) for name in ("same_class", "random_pair") for variant in variants):
-        panels.append(_pairs("pairs", variants))
-    for name, things, inside, outside in (
-        ("influence", "RoIs", "within_image", "between_images"),
-        ("influence_images", "images", "within_class", "between_classes"),
+        panels.append(_gaps(f"{task}-gaps", leak_gap(variants[0]), variants))
+    for rows in (_PAIRS, _PROBES):
+        if any(measure.of(variant) for measure in rows.measures for variant in variants):
+            panels.append(_two_points(f"{task}-{rows.name}", rows, variants))
+    for whole, others, inside, outside in (
+        ("image", "images", "within_image", "between_images"),
+        ("class", "classes", "within_class", "between_classes"),
+        ("group", "groups", "within_group", "between_groups"),
     ):
         measures = (influence(inside, ""), influence(outside, ""))
         if any(measure.of(variant) for measure in measures for variant in variants):
-            panels.append(_influence(name, things, measures, variants))
+            things = "RoIs" if whole == "image" else "images"
+            panels.append(_influence(f"{task}-influence_{whole}", things, (whole, others), measures, variants))
     return panels
+
+
+def _pretext_panels(variants: Sequence[Variant]) -> list[Panel]:
+    panels = []
+    measures = (pretext("same"), pretext("other"))
+    if any(measure.of(variant) for measure in measures for variant in variants):
+        panels.append(_signature("contrastive-signature", "Pretext accuracy", measures, variants))
+    for rows in (_LOSSES, _NEIGHBOURS):
+        if any(rows.filled.of(variant) for variant in variants):
+            panels.append(_two_points(f"contrastive-{rows.name}", rows, variants))
+    return panels
+
+
+def _task(variants: Sequence[Variant]) -> str:
+    return variants[0].task if variants else "detection"
 
 
 # ---------------------------------------------------------------------------------------- panels
@@ -118,15 +192,20 @@ def _signature(name: str, title: str, measures: Sequence[Measure], variants: Seq
             values = ", ".join("n.a." if s is None else format_value(s.mean, "percent") for s in spreads)
             words.append(f"{variant.label}: {values}")
         _mark_largest_drop(axes, measures, variants)
-        axes.set_xlim(-0.35, 2.65)
-        axes.set_xticks(range(3), [measure.head.replace(" ", "\n", 1) for measure in measures])
+        axes.set_xlim(-0.35, len(measures) - 0.35)
+        axes.set_xticks(range(len(measures)), [measure.head.replace(" ", "\n", 1) for measure in measures])
         axes.set_ylim(*_limits(drawn))
         axes.yaxis.set_major_locator(_round_ticks())
-        structured = "(d) one-class" if title == "Accuracy" else "(a) per-image"
-        text = f"{title} under {structured}, (b) random-group, (c) population statistics. {_all(words)}"
-        notes = {"RoI accuracy": "% of foreground RoIs, validation", "Accuracy": "% of images, validation"}
+        under = f"under {', '.join(measure.head for measure in measures)} statistics"
+        if title == "Pretext accuracy":
+            under = "with keys among the same and among other mates"
+        notes = {
+            "RoI accuracy": "% of foreground RoIs, validation",
+            "Accuracy": "% of images, validation",
+            "Pretext accuracy": "% of held-out queries that find their key",
+        }
         note = notes.get(title, "× 100, validation")
-        return Panel(title, note, to_svg(figure, name), text)
+        return Panel(title, note, to_svg(figure, name), f"{title} {under}. {_all(words)}")
 
 
 def _points_with_range(axes: Axes, points: Sequence[tuple[float, Spread]], index: int) -> None:
@@ -149,16 +228,18 @@ def _points_with_range(axes: Axes, points: Sequence[tuple[float, Spread]], index
 
 
 def _mark_largest_drop(axes: Axes, measures: Sequence[Measure], variants: Sequence[Variant]) -> None:
-    """Write the largest visible leak's change from (a) to (c) beside its last point."""
+    """Write the largest visible leak's change from the first to the last point beside the last."""
     leaky = [(spread.mean, item) for item in variants if is_visible_leak(item) and (spread := leak_gap(item).of(item))]
     if not leaky:
         return
     _, variant = max(leaky, key=lambda item: item[0])
-    first, last = measures[0].of(variant), measures[2].of(variant)
+    first, last = measures[0].of(variant), measures[-1].of(variant)
     if first and last:
         index = next(position for position, item in enumerate(variants) if item is variant)
         label = format_value(last.mean - first.mean, "points")
-        axes.text(2.62, 100 * last.mean, label, color=color(index), fontweight="bold", ha="right", va="center")
+        axes.text(
+            len(measures) - 0.38, 100 * last.mean, label, color=color(index), fontweight="bold", ha="right", va="center"
+        )
 
 
 @dataclass(frozen=True)
@@ -168,13 +249,17 @@ class _Curve:
     bin: int  # logged points averaged into one
 
 
-def _curve(variant: Variant, key: str) -> _Curve:
+def _curve(variant: Variant, line: _Line) -> _Curve:
     """A logged number over steps: mean and range over the runs, at the steps that all runs logged."""
     runs = []
     for run in variant.runs:
         # a resumed run may log a step twice: the later row is of the training that counts
-        rows = [row for row in run.rows if _is_number(row.get("step")) and _is_number(row.get(key))]
-        runs.append({float(row["step"]): float(row[key]) for row in rows})
+        rows = [row for row in run.rows if _is_number(row.get("step")) and _is_number(row.get(line.key))]
+        values = {float(row["step"]): float(row[line.key]) for row in rows}
+        final, end = line.final(run), run.record.timing.get("steps")
+        if values and run.finished and final is not None and end is not None:
+            values[float(end)] = final
+        runs.append(values)
     runs = [values for values in runs if values]
     steps = sorted(set.intersection(*(set(values) for values in runs))) if runs else []
     size = math.ceil(len(steps) / _MAX_POINTS) or 1
@@ -184,31 +269,42 @@ def _curve(variant: Variant, key: str) -> _Curve:
 
 
 def _curves(
-    name: str, key: str, title: str, curves: Sequence[tuple[int, _Curve]], variants: Sequence[Variant]
+    name: str, plot: _Plot, curves: Sequence[tuple[int, _Line, _Curve]], variants: Sequence[Variant], width: float
 ) -> Panel:
-    scale = 100 if key in _SHARES else 1
+    scale = 100 if plot.percent else 1
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(2.4)
+        figure, axes = _axes(2.4, width)
         words = []
-        for index, curve in curves:
+        if plot.blind and (level := _blind_level(variants)) is not None:
+            axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        for index, line, curve in curves:
             means = [scale * spread.mean for spread in curve.spreads]
-            axes.plot(curve.steps, means, color=color(index), linestyle=dashes(index), zorder=3)
+            style, face = ((0, (3, 2)), CARD) if line.dashed else (dashes(index), color(index))
+            axes.plot(curve.steps, means, color=color(index), linestyle=style, zorder=3)
             axes.plot(
                 curve.steps[-1:], means[-1:], color=color(index), marker=marker(index), markersize=5.5,
-                markeredgecolor=CARD, markeredgewidth=0.8, zorder=4, clip_on=False,
+                markerfacecolor=face, markeredgecolor=color(index) if line.dashed else CARD, markeredgewidth=0.8,
+                zorder=4, clip_on=False,
             )  # fmt: skip
             if curve.spreads[0].count > 1:
                 low = [scale * spread.low for spread in curve.spreads]
                 high = [scale * spread.high for spread in curve.spreads]
                 axes.fill_between(curve.steps, low, high, color=color(index), alpha=0.14, linewidth=0)
-            words.append(f"{variants[index].label}: last {means[-1]:.3g}")
+            which = f" {line.key}" if len(plot.lines) > 1 else ""
+            words.append(f"{variants[index].label}:{which} last {means[-1]:.3g}")
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(4 if width < _WIDTH else 5))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.set_xlim(left=0)
-        size = max(curve.bin for _, curve in curves)
-        note = _SHARES.get(key, "training") + (f", means of {size} rows" if size > 1 else "")
-        return Panel(title, note, to_svg(figure, name), f"{title} over training steps. {_all(words)}")
+        size = max(curve.bin for _, _, curve in curves)
+        note = plot.note + (f", means of {size} rows" if size > 1 else "")
+        return Panel(plot.title, note, to_svg(figure, name), f"{plot.title} over training steps. {_all(words)}")
+
+
+def _blind_level(variants: Sequence[Variant]) -> float | None:
+    """The loss of features that tell nothing, where it is one number for all."""
+    levels = {blind_loss(variant.runs[0].record) for variant in variants}
+    return levels.pop() if len(levels) == 1 else None
 
 
 def _gaps(name: str, measure: Measure, variants: Sequence[Variant]) -> Panel:
@@ -228,22 +324,20 @@ def _gaps(name: str, measure: Measure, variants: Sequence[Variant]) -> Panel:
             words.append(f"{variant.label}: {format_value(spread.mean, 'points')}")
         axes.set_xlim(*_limits(drawn))
         axes.xaxis.set_major_locator(_round_ticks())
-        of_images = measure.key.startswith("accuracy_gap")
-        title, letter = ("Accuracy gap", "(d) one class") if of_images else ("RoI accuracy gap", "(a) per image")
-        kinds = f"between {'one-class' if of_images else 'per-image'} and population statistics"
+        title, minus = _GAPS[measure.key]
         return Panel(
             title,
-            f"{letter} minus (c) population, points; dashed: threshold of a visible leak",
+            f"{minus}, points; dashed: threshold of a visible leak",
             to_svg(figure, name),
-            f"{title} {kinds}. {_all(words)}",
+            f"{title}: {minus}. {_all(words)}",
         )
 
 
-def _point_on_row(axes: Axes, spread: Spread, index: int, face: str) -> None:
+def _point_on_row(axes: Axes, spread: Spread, index: int, face: str, scale: float = 100) -> None:
     axes.errorbar(
-        [100 * spread.mean],
+        [scale * spread.mean],
         [index],
-        xerr=[[100 * (spread.mean - spread.low)], [100 * (spread.high - spread.mean)]],
+        xerr=[[scale * (spread.mean - spread.low)], [scale * (spread.high - spread.mean)]],
         color=color(index),
         marker=marker(index),
         markersize=7,
@@ -256,7 +350,9 @@ def _point_on_row(axes: Axes, spread: Spread, index: int, face: str) -> None:
     )
 
 
-def _influence(name: str, things: str, measures: Sequence[Measure], variants: Sequence[Variant]) -> Panel:
+def _influence(
+    name: str, things: str, whole_and_others: tuple[str, str], measures: Sequence[Measure], variants: Sequence[Variant]
+) -> Panel:
     with matplotlib.rc_context(STYLE):
         figure, axes = _rows(variants)
         words, ends = [], []
@@ -274,7 +370,7 @@ def _influence(name: str, things: str, measures: Sequence[Measure], variants: Se
             label = " + ".join("n.a." if spread is None else format_value(spread.mean, "share") for spread in spreads)
             axes.text(left, index, f"  {label}", color=MUTED, va="center", fontsize=8)
             words.append(f"{variant.label}: {label}")
-        whole, others = ("image", "images") if things == "RoIs" else ("class", "classes")
+        whole, others = whole_and_others
         # room for the label behind the longest bar
         axes.set_xlim(0, max([*ends, 0.02]) * 1.75)
         return Panel(
@@ -285,41 +381,102 @@ def _influence(name: str, things: str, measures: Sequence[Measure], variants: Se
         )
 
 
-def _pairs(name: str, variants: Sequence[Variant]) -> Panel:
+@dataclass(frozen=True)
+class _TwoPoints:
+    """A row per variant with a filled and a hollow point, and a line between them."""
+
+    name: str
+    title: str
+    note: str
+    filled: Measure
+    hollow: Measure | None
+    called: tuple[str, str]  # the filled, the hollow
+    scale: float = 100
+    least: float = 30  # of the axis
+    line: float | None = None
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The hollow first, so that the filled lies on top."""
+        return (self.filled,) if self.hollow is None else (self.hollow, self.filled)
+
+
+_GAPS = {
+    "gap.precise": ("RoI accuracy gap", "(a) per image minus (c) population"),
+    "accuracy_gap.precise": ("Accuracy gap", "(d) one class minus (c) population"),
+    "pretext.gap": ("Pretext gap", "pretext accuracy among the same minus among other mates"),
+}
+_PAIRS = _TwoPoints(
+    "pairs",
+    "When two images share statistics",
+    "RoI accuracy, %; filled: two images of one class, hollow: two random images",
+    pairs("same_class"),
+    pairs("random_pair"),
+    ("same class", "random"),
+)
+_PROBES = _TwoPoints(
+    "probes",
+    "Batch-mate probe",
+    "AUC; filled: key encoder, hollow: query encoder, dashed: silence",
+    probe("key"),
+    probe("query"),
+    ("key", "query"),
+    scale=1,
+    least=0.3,
+    line=0.5,
+)
+_LOSSES = _TwoPoints(
+    "losses",
+    "Pretext loss",
+    "held-out, same mates; hollow: features that tell nothing",
+    pretext("loss"),
+    Measure("pretext.blind", "", blind_loss, style="decimal"),
+    ("loss", "tells nothing"),
+    scale=1,
+    least=1,
+)
+_NEIGHBOURS = _TwoPoints(
+    "knn", "kNN accuracy", "% of held-out images, population statistics", features("knn")[0], None, ("kNN", "")
+)
+
+
+def _two_points(name: str, rows: _TwoPoints, variants: Sequence[Variant]) -> Panel:
     with matplotlib.rc_context(STYLE):
         figure, axes = _rows(variants)
         words, drawn = [], []
+        if rows.line is not None:
+            axes.axvline(rows.scale * rows.line, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+            drawn.append(rows.scale * rows.line)
         for index, variant in enumerate(variants):
-            same, random = pairs("same_class").of(variant), pairs("random_pair").of(variant)
-            known = [spread for spread in (same, random) if spread]
-            if not known:
+            found = [(measure, measure.of(variant)) for measure in rows.measures]
+            known = [(measure, spread) for measure, spread in found if spread]
+            if not known or (rows is _LOSSES and rows.filled.of(variant) is None):
                 continue
-            if same and random:
-                axes.plot([100 * random.mean, 100 * same.mean], [index, index], color=color(index), linewidth=2)
-            for spread, face in ((random, CARD), (same, color(index))):
-                if spread:
-                    _point_on_row(axes, spread, index, face)
-            drawn += [100 * edge for spread in known for edge in (spread.low, spread.high)]
-            values = [None if spread is None else format_value(spread.mean, "percent") for spread in (same, random)]
-            words.append(f"{variant.label}: same class {values[0] or 'n.a.'}, random {values[1] or 'n.a.'}")
-        axes.set_xlim(*_limits(drawn))
+            if len(known) == 2:
+                ends = [rows.scale * spread.mean for _, spread in known]
+                axes.plot(ends, [index, index], color=color(index), linewidth=2)
+            for measure, spread in known:
+                _point_on_row(axes, spread, index, CARD if measure is rows.hollow else color(index), rows.scale)
+            drawn += [rows.scale * edge for _, spread in known for edge in (spread.low, spread.high)]
+            values = {
+                measure: "n.a." if spread is None else format_value(spread.mean, measure.style)
+                for measure, spread in found
+            }
+            called = zip(reversed(rows.measures), rows.called, strict=False)
+            words.append(f"{variant.label}: " + ", ".join(f"{what} {values[measure]}" for measure, what in called))
+        axes.set_xlim(*_limits(drawn, rows.least))
         axes.xaxis.set_major_locator(_round_ticks())
         for index, variant in enumerate(variants):
-            if not (pairs("same_class").of(variant) or pairs("random_pair").of(variant)):
+            if rows.filled.of(variant) is None and (rows is _LOSSES or not any(m.of(variant) for m in rows.measures)):
                 axes.text(axes.get_xlim()[0], index, " n.a.", color=MUTED, va="center")
-        return Panel(
-            "When two images share statistics",
-            "RoI accuracy, %; filled: two images of one class, hollow: two random images",
-            to_svg(figure, name),
-            f"RoI accuracy when two images share statistics. {_all(words)}",
-        )
+        return Panel(rows.title, rows.note, to_svg(figure, name), f"{rows.title}, {rows.note}. {_all(words)}")
 
 
 # --------------------------------------------------------------------------------------- drawing
 
 
-def _axes(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+def _axes(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
     return figure, figure.subplots()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from leakfree.errors import RunError, choices
 from leakfree.records import RunRecord, read_metrics, read_record
 
-__all__ = ["Run", "Spread", "Variant", "find_variant", "flatten", "group_runs", "load_runs"]
+__all__ = ["Run", "Spread", "Variant", "by_task", "find_variant", "flatten", "group_runs", "load_runs"]
 
 NOT_A_DIFFERENCE = ("seed", "output_dir")  # config keys in which the runs of one variant may differ
 
@@ -72,6 +72,10 @@ class Variant:
     runs: list[Run]
 
     @property
+    def task(self) -> str:
+        return self.runs[0].record.task
+
+    @property
     def config(self) -> dict[str, Any]:
         return self.runs[0].record.config
 
@@ -112,7 +116,7 @@ def load_runs(paths: list[str]) -> list[Run]:
     """Read the runs in the order given.
 
     Raises:
-        RunError: no path; a folder without a usable record; one folder twice; runs of different tasks.
+        RunError: no path; a folder without a usable record; one folder twice.
     """
     if not paths:
         raise RunError("nothing to compare: give the output folders of one or more runs")
@@ -122,28 +126,29 @@ def load_runs(paths: list[str]) -> list[Run]:
         if run.folder in runs:
             raise RunError(f"{path}: given twice (first as {runs[run.folder].path}); give each run once")
         runs[run.folder] = run
-    first = next(iter(runs.values()))
-    for run in runs.values():
-        if run.record.task != first.record.task:
-            raise RunError(
-                f"{run.path}: a run of task {run.record.task!r}, but {first.path} is of task "
-                f"{first.record.task!r}: compare runs of one task"
-            )
     return list(runs.values())
 
 
 def group_runs(runs: list[Run]) -> list[Variant]:
-    """Group finished runs whose configs differ only in the seed; the order of first appearance is kept.
+    """Group finished runs of one task whose configs differ only in the seed; the order of first appearance is kept.
 
     An unfinished run stays alone: its numbers, if any, are not those of a whole training.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         config = {key: value for key, value in run.record.config.items() if key not in NOT_A_DIFFERENCE}
-        same = json.dumps(config, sort_keys=True) if run.finished else f"unfinished {run.folder}"
+        same = json.dumps([run.record.task, config], sort_keys=True) if run.finished else f"unfinished {run.folder}"
         groups.setdefault(same, []).append(run)
     members = list(groups.values())
     return [Variant(label, group) for label, group in zip(_labels(members), members, strict=True)]
+
+
+def by_task(variants: Sequence[Variant]) -> dict[str, list[Variant]]:
+    """The variants of each task, tasks and variants in the order of first appearance: numbers compare within one."""
+    tasks: dict[str, list[Variant]] = {}
+    for variant in variants:
+        tasks.setdefault(variant.task, []).append(variant)
+    return tasks
 
 
 def find_variant(variants: list[Variant], name: str) -> Variant:

@@ -16,8 +16,10 @@ from leakfree.report.measures import (
     LEAK,
     Group,
     Measure,
+    difference,
     format_range,
     format_value,
+    is_blind,
     is_visible_leak,
     leak_gap,
 )
@@ -25,12 +27,14 @@ from leakfree.report.runs import NOT_A_DIFFERENCE, Run, Variant, flatten
 
 __all__ = [
     "Cell", "Differences", "Row", "Table", "best_variants", "config_differences", "cost_table", "describe",
-    "environment_rows", "footnotes", "headline_table", "leak_table", "metric_table", "recorded_metrics", "select",
-    "shown",
+    "environment_rows", "footnotes", "headline_table", "leak_table", "metric_table", "normalized_parts",
+    "normalized_together", "recorded_metrics", "select", "shown",
 ]  # fmt: skip
 
 
 _GROUPED_BY_IMAGE = ("BN", "BatchStatBN")
+_GROUPED_BY_COUNT = ("bn", "shuffle_bn", "shuffle_images", "loader_shuffle")
+_METHODS = {"moco": "MoCo,", "simclr": "SimCLR,"}
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,12 @@ class Cell:
     range: str = ""  # lowest and highest over seeds
     partial: str = ""  # "2 of 3 seeds" where some have no value
     delta: str = ""  # difference from the baseline
+    delta_range: str = ""  # its lowest and highest over pairs of equal seed
     reason: str = ""  # why there is no number
     footnote: int = 0  # number of the footnote that says more; 0 = none
     is_best: bool = False
     is_leak: bool = False
+    is_blind: bool = False  # a pretext loss near that of features that tell nothing
     stands_in: bool = False  # stored statistics stand in for precise population statistics
 
 
@@ -85,24 +91,24 @@ class Differences:
 
 
 def headline_table(variants: Sequence[Variant], baseline: Variant | None = None) -> Table:
-    """AP under each kind of statistics, gaps, influence and cost: the table to look at first."""
+    """AP or accuracy under each kind of statistics, gaps, influence and cost: the table to look at first."""
     return select(HEADLINE, variants, baseline)
 
 
 def leak_table(variants: Sequence[Variant]) -> Table:
-    """RoI accuracy under each kind of statistics, pairs of images, influence."""
+    """RoI accuracy under each kind of statistics, pairs of images, probes, influence."""
     return select(LEAK, variants)
 
 
 def cost_table(variants: Sequence[Variant]) -> Table:
     """Time, memory, and what one forward of each part of the model normalizes together."""
-    parts = list(dict.fromkeys(part for item in variants for part in _normalization(item)))
+    parts = normalized_parts(variants)
     heads = ["images per step", "per rank", *(f"normalized together: {part}" for part in parts)]
 
     def texts(variant: Variant) -> list[str]:
         batch = variant.runs[0].record.batch
-        normalized = [_normalization(variant).get(part) for part in parts]
-        return [shown(item) for item in (batch.get("total"), batch.get("per_rank"), *normalized)]
+        normalized = [normalized_together(variant, part) for part in parts]
+        return [*(shown(batch.get(key)) for key in ("total", "per_rank")), *normalized]
 
     rows = [texts(variant) for variant in variants]
     kept = [column for column in range(len(heads)) if any(row[column] != shown(None) for row in rows)]
@@ -153,7 +159,11 @@ def _reader(mode: str, metric: str) -> Any:
 
 
 def _metric_style(metric: str) -> str:
-    return "percent" if metric.startswith(("bbox/AP", "segm/AP", "bbox/AR", "segm/AR", "accuracy")) else "share"
+    return (
+        "percent"
+        if metric.startswith(("bbox/AP", "segm/AP", "bbox/AR", "segm/AR", "accuracy", "knn", "linear"))
+        else "share"
+    )
 
 
 def footnotes(variants: Sequence[Variant]) -> list[list[str]]:
@@ -217,8 +227,15 @@ def environment_rows(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, lis
 
 
 def describe(variant: Variant) -> str:
-    """What normalizes the box head, or the classifier, in a few words, from the config; empty for other tasks."""
+    """What normalizes the box head, the classifier or both encoders, in a few words, from the config; else empty."""
     flat = flatten(variant.config)
+    if "model.query" in flat:
+        query, key, images = (flat.get(f"model.{name}") for name in ("query", "key", "images_per_group"))
+        key = query if key == "same" else key
+        words = [f"{_METHODS.get(str(flat.get('model.method')), '')} query {query}, key {key}".strip()]
+        if images and any(str(word) in _GROUPED_BY_COUNT for word in (query, key)):
+            words.append(f"groups of {images}")
+        return ", ".join([*words, *_frozen(flat)])
     if "model.norm" in flat:
         words = [str(flat["model.norm"]).replace("none", "no norm")]
         if flat.get("data.composition") == "same_class":
@@ -252,6 +269,16 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         return value or '""'
     return json.dumps(value)
+
+
+def normalized_parts(variants: Sequence[Variant]) -> list[str]:
+    """The parts of the models of which records say what one forward normalizes together."""
+    return list(dict.fromkeys(part for item in variants for part in _normalization(item)))
+
+
+def normalized_together(variant: Variant, part: str) -> str:
+    """What one forward of ``part`` normalizes together; a dash where the record does not say."""
+    return shown(_normalization(variant).get(part))
 
 
 def _normalization(variant: Variant) -> dict[str, Any]:
@@ -297,22 +324,27 @@ def _cell(
             reason = f"The run did not finish. {reason}".strip()
         footnote = notes.index(variant.notes) + 1 if variant.notes else 0
         return Cell(measure.key, "n.a.", reason=reason or "Not recorded by this run.", footnote=footnote)
+    delta, delta_range = _delta(measure, variant, baseline)
     return Cell(
         measure.key,
         format_value(spread.mean, measure.style),
         spread.mean,
         range=format_range(spread, measure.style),
         partial=f"{spread.count} of {len(variant.runs)} runs" if spread.count < len(variant.runs) else "",
-        delta=_delta(measure, spread.mean, variant, baseline),
+        delta=delta,
+        delta_range=delta_range,
         is_best=any(variant is item for item in best),
         is_leak=measure.key == leak_gap(variant).key and is_visible_leak(variant),
+        is_blind=measure.key == "pretext.loss" and is_blind(variant),
         stands_in=measure.stands_in is not None and any(measure.stands_in(run.record) for run in variant.runs),
     )
 
 
-def _delta(measure: Measure, value: float, variant: Variant, baseline: Variant | None) -> str:
-    """The difference of the means from the baseline, for shares of which more is better."""
-    reference = None if baseline is None or baseline is variant else measure.of(baseline)
-    if reference is None or measure.style != "percent" or measure.better != "high":
-        return ""
-    return format_value(value - reference.mean, "points")
+def _delta(measure: Measure, variant: Variant, baseline: Variant | None) -> tuple[str, str]:
+    """The difference from the baseline and its range over pairs of equal seed, for shares of which more is better."""
+    if baseline is None or baseline is variant or measure.style != "percent" or measure.better != "high":
+        return "", ""
+    found = difference(measure, variant, baseline)
+    if found is None:
+        return "", ""
+    return format_value(found.mean, "points"), format_range(found, "points") if found.count > 1 else ""
