@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from leakfree import __version__
 from leakfree.config import RunConfig, load_config
-from leakfree.errors import LeakfreeError, choices
+from leakfree.errors import ConfigError, LeakfreeError, choices
 from leakfree.training.ranks import RankError
 
 __all__ = ["UsageError", "main"]
@@ -31,6 +31,10 @@ _EXAMPLES = {
   leakfree evaluate --config-file output/digits/BNhead_leaky/config.yaml
   leakfree evaluate --config-file output/digits/BNhead_leaky/config.yaml \\
       model.weights=output/digits/BNhead_leaky/model_final.pt output_dir=output/evaluated evaluation.max_images=80""",
+    "check": """examples:
+  leakfree check --config-file configs/contrastive/digits/moco_sync_bn.yaml
+  leakfree check --config-file configs/contrastive/digits/moco_shuffle_bn.yaml --num-processes 4 model.query=sync_bn
+  leakfree check --config-file configs/detection/digits/mask_rcnn_small_BNhead_leaky.yaml --strict""",
     "compare": """examples:
   leakfree compare output/digits/BNhead_leaky output/digits/SyncBNhead
   leakfree compare output/digits/*head* -o report.html""",
@@ -149,6 +153,9 @@ def _parsers() -> dict[str, _Parser]:
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     train.add_argument("--eval-only", action="store_true", help="the same as 'leakfree evaluate'")
     _add_config_flags(add("evaluate", "Evaluate a trained model under the statistics the config names."))
+    check = add("check", "Tell whether a config lets batch statistics leak, and why, before it runs.")
+    _add_config_flags(check)
+    check.add_argument("--strict", action="store_true", help="exit code 2 when there is a leak")
     compare = add("compare", "Put runs side by side: leakage, accuracy, time, memory, settings.")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
     compare.add_argument("-o", "--output", metavar="FILE", help="also write a self-contained HTML report")
@@ -212,6 +219,28 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from leakfree.leakage import check_config
+
+    findings = check_config(config)
+    table = Table("verdict", "keys", "why", box=box.SIMPLE_HEAD, show_lines=True)
+    for item in findings:
+        remedy = f"\nremedy: {item.remedy}" if item.remedy else ""
+        table.add_row(item.verdict, "\n".join(item.keys), f"{item.reason}{remedy}\nsource: {item.source}")
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(table if findings else "nothing to judge: no norm that is known")
+    leaks = [item for item in findings if item.verdict == "leak"]
+    if args.strict and leaks:
+        keys = ", ".join(dict.fromkeys(key for item in leaks for key in item.keys))
+        raise ConfigError(f"{args.config_file}: leaks ({keys}), and --strict was given")
+    return 0
+
+
 def _compare(args: argparse.Namespace) -> int:
     from leakfree.report import compare
 
@@ -251,6 +280,7 @@ def _accelerators() -> list[tuple[str, str]]:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "check": _check,
     "compare": _compare,
     "env": _env,
 }

@@ -1,5 +1,6 @@
 """The command line: what it accepts, what it says about mistakes, and with which exit code it ends."""
 
+import os
 import re
 import subprocess
 import sys
@@ -45,6 +46,9 @@ def error_of(capsys, *argv: str) -> str:
         (["train", "--config-file", "x", "--eval-only", "--resume"], ["exclude each other"]),
         (["train", "--config-file", "nothing.yaml"], ["nothing.yaml: no such file"]),
         (["evaluate", "--config-file", "x", "--num-machines", "2"], ["unknown argument '--num-machines'"]),
+        (["check"], ["--config-file FILE is required"]),
+        (["check", "--config-file", "nothing.yaml"], ["nothing.yaml: no such file"]),
+        (["check", "--config-file", "x", "--resume"], ["unknown argument '--resume'"]),
         (["compare"], ["required: RUN"]),
         (["compare", "no/such/run"], ["no/such/run"]),
         (["env", "now"], ["unknown argument 'now'"]),
@@ -89,7 +93,7 @@ def test_flags_and_overrides_may_stand_anywhere(capsys, config_file, overrides, 
 
 
 def test_help_shows_flags_and_examples_that_parse(capsys):
-    for command in ("train", "evaluate", "compare", "env"):
+    for command in ("train", "evaluate", "check", "compare", "env"):
         assert main([command, "--help"]) == 0
         text = capsys.readouterr().out
         assert "examples:\n  leakfree " + command in text
@@ -99,11 +103,55 @@ def test_help_shows_flags_and_examples_that_parse(capsys):
     assert "usage: leakfree COMMAND" in capsys.readouterr().err
 
 
-def test_the_configs_in_the_examples_exist(capsys):
-    main(["train", "--help"])
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_the_configs_in_the_examples_exist(capsys, command):
+    main([command, "--help"])
     files = re.findall(r"configs/\S+", capsys.readouterr().out)
     assert files
     assert all((ROOT / file).is_file() for file in files), files
+
+
+SYNC = "configs/contrastive/digits/moco_sync_bn.yaml"
+SHUFFLE = "configs/contrastive/digits/moco_shuffle_bn.yaml"
+
+
+def check(*argv: str) -> subprocess.CompletedProcess:
+    """The real command, in a process of its own, on a wide console."""
+    line = [sys.executable, "-m", "leakfree.cli", "check", *argv]
+    wide = {**os.environ, "COLUMNS": "300"}
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=wide, check=False)
+
+
+def test_check_tells_what_leaks_and_why_and_strict_ends_with_2():
+    done = check("--config-file", SYNC, "--strict")
+    assert done.returncode == 2
+    assert done.stderr == f"leakfree: error: {SYNC}: leaks (model.query, model.key), and --strict was given\n"
+    for words in ("leak ", "model.key", "that no key in the queue", "remedy: model.key=shuffle_bn", "moco issue 46"):
+        assert words in done.stdout, done.stdout
+
+
+def test_check_answers_for_the_ranks_and_overrides_given():
+    done = check("--config-file", SHUFFLE, "model.images_per_group=0", "--num-processes", "4", "--strict")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "safe" in done.stdout
+    assert "16 of 64 images at random" in done.stdout
+
+
+def test_a_leak_without_strict_and_a_check_of_one_group(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["check", "--config-file", SYNC]) == 0
+    assert "leak" in capsys.readouterr().out
+    one_group = ["--config-file", SHUFFLE, "model.images_per_group=0", "--strict"]
+    assert main(["check", *one_group, "model.method=simclr", "model.queue_size=65536", "model.momentum=0.999"]) == 0
+    out = capsys.readouterr().out  # no effect, but no leak either
+    assert "no effect" in out
+    assert "safe" in out
+
+
+def test_check_says_so_where_it_knows_no_norm(capsys, config_file):
+    overrides = ["model.box_head.name=4conv1fc", "model.box_head.norm=Mine", "model.mask_head.norm=Mine"]
+    assert main(["check", "--config-file", config_file, *overrides]) == 0
+    assert capsys.readouterr().out == "nothing to judge: no norm that is known\n"
 
 
 def test_version(capsys):

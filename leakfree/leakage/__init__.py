@@ -1,5 +1,6 @@
-"""Leakage metrics: tensors in, numbers out."""
+"""Leakage metrics, tensors in and numbers out; and the check of a config before it runs."""
 
+from leakfree.leakage.check import Finding, check_config
 from leakfree.leakage.companions import ProbeResult, SwapResult, batchmate_probe, companion_swap
 from leakfree.leakage.composition import CompositionGap, composition_gap, error_rates
 from leakfree.leakage.estimation_shift import EstimationShift, LayerShift, estimation_shift
@@ -9,11 +10,13 @@ from leakfree.leakage.pretext import PretextGap, pretext_gap
 __all__ = [
     "CompositionGap",
     "EstimationShift",
+    "Finding",
     "LayerShift",
     "PretextGap",
     "ProbeResult",
     "SwapResult",
     "batchmate_probe",
+    "check_config",
     "companion_swap",
     "InfluenceResult",
     "composition_gap",

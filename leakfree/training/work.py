@@ -21,6 +21,7 @@ from leakfree.config import config_to_dict, save_config
 from leakfree.config.schema import RunConfig, ScheduleConfig
 from leakfree.distributed import all_gather_objects, barrier, get_rank
 from leakfree.errors import ConfigError, LeakfreeError, RunError
+from leakfree.leakage import check_config
 from leakfree.norms import BatchRenorm, CrossIterationBatchNorm, MemorizedBatchNorm
 from leakfree.records import RunRecord, read_record, write_record
 from leakfree.schedules import BurnInSchedule, RenormSchedule
@@ -138,15 +139,18 @@ class _Session:
     record: RunRecord | None = None
 
     def open(self, task: Task, steps: int | None) -> None:
-        """Write the config and the record as they stand, and the head of the log."""
+        """Write the config and the record as they stand, and the head of the log, with what the config lets leak."""
         if get_rank() != 0:
             return
         known = (self.folder / "record.json").exists()
         found = environment(self.device, self.threads)
+        warnings: list[str] = []
         if known and steps is None:
             self.record = read_record(self.folder)  # an evaluation adds to what is there; the config stays the run's
         else:
             timing = read_record(self.folder).timing if known and steps else {}
+            findings = check_config(self.config, found["world_size"])
+            warnings = [str(finding) for finding in findings if finding.verdict != "safe"]
             self.record = RunRecord(
                 name=self.folder.resolve().name,
                 task=self.config.task,
@@ -156,13 +160,14 @@ class _Session:
                 environment=found,
                 timing={**timing, "steps": steps},
                 batch=task.describe_batch(found["world_size"]),
+                notes=warnings,
             )
             save_config(self.config, self.folder / "config.yaml")
             write_record(self.folder, self.record)
         batch = task.describe_batch(found["world_size"])
         for line in (*first_lines(found, batch, self.folder), *self.start.notices):
             (LOG.warning if "damaged" in line else LOG.info)("%s", line)
-        for line in task.faults():
+        for line in (*warnings, *task.faults()):
             LOG.warning("%s", line)
 
     def note_steps(self, steps: int, seconds: float) -> None:

@@ -144,7 +144,7 @@ def test_a_circle_over_two_files_is_shown(folder):
 
 def test_an_unknown_task_on_the_command_line(folder):
     assert problem_of("_BASE_: base.yaml\n", "task=x").startswith(
-        "command line: task: got 'x'; valid: classification, detection"
+        "command line: task: got 'x'; valid: classification, contrastive, detection"
     )
 
 

@@ -105,12 +105,6 @@ def test_what_keeps_the_rules_passes_without_a_word(overrides, caplog):
     assert caplog.text == ""
 
 
-def test_shuffling_a_head_without_norm_is_a_warning(caplog):
-    with caplog.at_level(logging.WARNING):
-        check("model.box_head.roi_shuffle=features")
-    assert "model.box_head.roi_shuffle: features has no effect" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("overrides", "key", "words"),
     [
