@@ -44,9 +44,9 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.filterwarnings("ignore:ShuffleBN")
 BATCH_KEYS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 HALF = ["bfloat16", "channels last bfloat16", "bfloat16 in autocast", "channels last bfloat16 in autocast"]
-HALF += ["float32 in autocast"]
+HALF_OF_TORCH = ["bfloat16", "channels last bfloat16", "float32 in autocast"]  # whose group norm changes the dtype
 SHAPES = [(), (5,), (1, 4), (4, 3), (2, 2, 2)]
-COMPILED = [case for case in CASES if case not in DOMAIN_NORMS]  # theirs: test_domain.py
+COMPILED = [case for case in CASES if case not in DOMAIN_NORMS and case.title != "BGN 1"]  # domains: test_domain.py
 
 
 def _each(cases):
@@ -394,9 +394,16 @@ def test_the_output_may_be_changed_in_place(case, layout):
     assert all(map(torch.equal, *found))
 
 
-@_each({case.title: case for case in [*CASES, *ONE_DOMAIN]}.values())
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        (case, how)
+        for case in {case.title: case for case in [*CASES, *ONE_DOMAIN]}.values()
+        for how in (HALF_OF_TORCH if case.kind == "independent" else HALF)
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("how", HALF)
 def test_half_precision_stays_near_float64(case, how, train):
     """The state stays in float32, as exact as what comes in."""
     norm, exact = case.make(torch.float32), case.make()
@@ -418,7 +425,8 @@ def test_half_precision_stays_near_float64(case, how, train):
         assert ours[0].is_contiguous(memory_format=layout)
         if "autocast" not in how or case.kind != "independent":  # torch's group norm is of float32 in autocast
             assert ours[0].dtype == x.dtype
-        assert_close(ours[:2], theirs[:2], 3e-2)
+        assert_close(ours[:1], theirs[:1], 5e-3)  # rounded once
+        assert_close(ours[1:2], theirs[1:2], 3e-2)
         assert_close(ours[2:], theirs[2:], 5e-2)
     assert dtypes == {name: value.dtype for name, value in norm.state_dict().items()}
     assert_close(norm.state_dict().values(), exact.state_dict().values(), 1e-5)
