@@ -173,7 +173,7 @@ class MoCo(ContrastiveMethod):
         queries = self.encode_queries(views.query, index)
         if self._shared is not None:
             self._shared.merge()
-        self.update_teacher(self.momentum_at(index), index)
+        self.update_teacher(self.momentum_at(index))
         keys = self.encode_keys(views.key, index)
         found = queue_info_nce(queries, keys, self.queue, self.temperature)
         self._waiting = found.keys
@@ -186,12 +186,8 @@ class MoCo(ContrastiveMethod):
         return self.momentum_end - (self.momentum_end - self.momentum) * share
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float, step: int) -> None:
-        """Move the key encoder's weights, and its statistics as ``teacher_statistics`` says, towards the query's.
-
-        A moving average of statistics begins as a plain mean of the steps: it would need 1 / (1 - momentum) steps to
-        forget the means of 0 and variances of 1 that it starts with.
-        """
+    def update_teacher(self, momentum: float) -> None:
+        """Move the key encoder's weights, and its statistics as ``teacher_statistics`` says, towards the query's."""
         mine, theirs = _pairs(self.key.parameters(), self.query.parameters())
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
         if self.teacher_statistics == "own":
@@ -200,7 +196,7 @@ class MoCo(ContrastiveMethod):
         averaged = [item.is_floating_point() and self.teacher_statistics == "ema" for item in mine]
         for target, source, average in zip(mine, theirs, averaged, strict=True):
             if average:
-                target.lerp_(source, max(1 - momentum, 1 / (step + 1)))
+                target.lerp_(source, 1 - momentum)
             else:
                 target.copy_(source)
 

@@ -182,13 +182,12 @@ BATCH_NORMS = [
         extra=_WINDOW,
     ),
 ]
-DOMAIN_NORMS = [
-    *(
-        _domains(*choice)
-        for choice in itertools.product(("domain", "shared"), ("domain", "shared"), ("shared", "separate"))
-    ),
-    replace(_domains("domain", "domain", "separate"), title="DomainBN of one domain", groups=lambda rows: 1),
+MIXED_DOMAINS = [
+    _domains(*choice)
+    for choice in itertools.product(("domain", "shared"), ("domain", "shared"), ("shared", "separate"))
 ]
+ONE_DOMAIN = [replace(case, title=f"{case.title}, one domain", groups=lambda rows: 1) for case in MIXED_DOMAINS]
+DOMAIN_NORMS = [*MIXED_DOMAINS, ONE_DOMAIN[1]]
 INDEPENDENT_NORMS = [
     _independent("GN", "GN", "groups of 2", num_groups=3),
     _independent("LN", "LN", "sample"),

@@ -27,6 +27,8 @@ from tests.norms.cases import (
     DOMAIN_NORMS,
     FROZEN,
     INDEPENDENT_NORMS,
+    MIXED_DOMAINS,
+    ONE_DOMAIN,
     VARIANTS,
     C,
     assert_close,
@@ -41,8 +43,10 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:ShuffleBN")
 BATCH_KEYS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+HALF = ["bfloat16", "channels last bfloat16", "bfloat16 in autocast", "channels last bfloat16 in autocast"]
+HALF_OF_TORCH = ["bfloat16", "channels last bfloat16", "float32 in autocast"]  # whose group norm changes the dtype
 SHAPES = [(), (5,), (1, 4), (4, 3), (2, 2, 2)]
-COMPILED = [case for case in CASES if case not in DOMAIN_NORMS]  # theirs: test_domain.py
+COMPILED = [case for case in CASES if case not in DOMAIN_NORMS and case.title != "BGN 1"]  # domains: test_domain.py
 
 
 def _each(cases):
@@ -172,7 +176,7 @@ def test_reset_forgets_everything(case):
 # ------------------------------------------------------------------------------------ modes and tools
 
 
-@_each([*BATCH_NORMS, *DOMAIN_NORMS[:-1]])  # FreezeBN refuses domains that have seen nothing
+@_each([*BATCH_NORMS, *MIXED_DOMAINS])  # FreezeBN refuses domains that have seen nothing
 def test_a_frozen_layer_uses_its_buffers_and_leaves_them_alone(case):
     model = nn.Sequential(case.trained())
     expected = _by_equations(case, model[0], _taught(case, model[0]).frozen)
@@ -309,7 +313,7 @@ def test_a_batch_over_ranks_is_one_process():
 # ------------------------------------------------------------------------------------ forwards that run twice
 
 
-def _train(case, use_reentrant, steps=4):
+def _train(case, use_reentrant, steps=3):
     torch.manual_seed(0)
     options = {"several_calls": True} if case.name == "CBN" else {}
     norms = [case.make(**options) for _ in range(2)]
@@ -339,7 +343,7 @@ def test_a_checkpointed_forward_counts_once_and_has_its_groups_and_past(case):
         assert_close(found, expected, 1e-8)
         assert_close(state.values(), expected_state.values(), 1e-8)
     if case in BATCH_NORMS:
-        assert state["1.num_batches_tracked"] == 8
+        assert state["1.num_batches_tracked"] == 6
 
 
 @_each(COMPILED)
@@ -390,9 +394,16 @@ def test_the_output_may_be_changed_in_place(case, layout):
     assert all(map(torch.equal, *found))
 
 
-@_each(CASES)
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        (case, how)
+        for case in {case.title: case for case in [*CASES, *ONE_DOMAIN]}.values()
+        for how in (HALF_OF_TORCH if case.kind == "independent" else HALF)
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("how", ["bfloat16", "channels last bfloat16", "bfloat16 in autocast", "float32 in autocast"])
 def test_half_precision_stays_near_float64(case, how, train):
     """The state stays in float32, as exact as what comes in."""
     norm, exact = case.make(torch.float32), case.make()
@@ -414,7 +425,8 @@ def test_half_precision_stays_near_float64(case, how, train):
         assert ours[0].is_contiguous(memory_format=layout)
         if "autocast" not in how or case.kind != "independent":  # torch's group norm is of float32 in autocast
             assert ours[0].dtype == x.dtype
-        assert_close(ours[:2], theirs[:2], 3e-2)
+        assert_close(ours[:1], theirs[:1], 5e-3)  # rounded once
+        assert_close(ours[1:2], theirs[1:2], 3e-2)
         assert_close(ours[2:], theirs[2:], 5e-2)
     assert dtypes == {name: value.dtype for name, value in norm.state_dict().items()}
     assert_close(norm.state_dict().values(), exact.state_dict().values(), 1e-5)
@@ -431,7 +443,7 @@ def test_sums_over_bfloat16_are_exact(case, autocast):
         assert_close(ours[2:], gradients(exact, x.double(), exact.parameters(), probe(x).double())[2:], 1e-3)
 
 
-@_shapes(CASES, [(), (4, 3)])
+@_shapes({case.title: case for case in [*CASES, *ONE_DOMAIN]}.values(), [(), (4, 3)])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("seen", [0, 2])
 def test_an_empty_batch_leaves_everything_as_it_is_and_keeps_the_graph(case, shape, train, seen):
