@@ -39,11 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def make_config(config_file, tmp_path):
-<<<<<<< HEAD
     """``make_config("run", "seed=1")``: the folder's ``config_file``, written to ``tmp_path / "run"``."""
-=======
-    """``make_config("run", "seed=1")``: the ``config_file`` here, with its output in ``tmp_path / "run"``."""
->>>>>>> h2
 
     def make(name="run", *overrides):
         return load_config(config_file, [f"output_dir={tmp_path / name}", *overrides])
