@@ -29,7 +29,7 @@ def batch_statistics_transformed(norm: nn.Module) -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LeakfreeError(
-            f"{type(norm).__name__}: torch.func (vmap, grad, jvp) does not go through its batch statistics; "
-            "call eval() so that it uses the running ones, or take FrozenBN, GN or LN; gradients alone torch.autograd "
-            f"gives ({reason[:200]})"
+            f"{type(norm).__name__}: torch.func (vmap, grad, jvp) does not go through its batch statistics "
+            f"({reason[:200]}); call eval() so that it uses the running ones, take FrozenBN, GN or LN, or use "
+            "torch.autograd"
         ) from error

@@ -52,8 +52,9 @@ def test_a_run_leaves_curves_and_numbers_in_its_folder(make_config, tmp_path):
         ["model.norm=BatchRenorm"],
         ["schedule.freeze_bn_at=0.5"],
         ["schedule.freeze_bn_at=3", "schedule.freeze_bn_unit=step"],
+        ["schedule.freeze_bn_at=0.2", "schedule.freeze_bn_unit=epoch"],
     ],
-    ids=["BN", "ShuffleBN", "MBN", "CBN", "BatchRenorm", "freeze", "freeze at a step"],
+    ids=["BN", "ShuffleBN", "MBN", "CBN", "BatchRenorm", "freeze", "freeze at a step", "freeze at an epoch"],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make_config, tmp_path, settings):
     whole = train(make_config("whole", *settings))
