@@ -45,6 +45,15 @@ def norms(tmp_path_factory):
     return _results("norms.py", tmp_path_factory.mktemp("norms"), "--shape", f"16,{CHANNELS},4,4", "--threads", "1")
 
 
+@pytest.fixture(scope="module")
+def knn(tmp_path_factory):
+    path = tmp_path_factory.mktemp("knn") / "results.json"
+    sizes = ["--bank", "2000", "--queries", "300", "--width", "16", "--neighbours", "20", "--threads", "1"]
+    run = _run("knn.py", *sizes, "--repeats", "2", "--json", str(path))
+    assert run.returncode == 0, run.stderr
+    return json.loads(path.read_text())
+
+
 def _row(results, section, ranks, variant):
     (row,) = [
         row
@@ -55,7 +64,7 @@ def _row(results, section, ranks, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["shuffle", "norms"])
+@pytest.mark.parametrize("script", ["shuffle", "norms", "knn"])
 def test_a_run_says_where_and_how_it_measured(script, request):
     results = request.getfixturevalue(script)
     assert results["benchmark"] == script
@@ -107,6 +116,23 @@ def test_the_all_gather_sends_what_is_known_of_it(shuffle):
 
 
 @pytest.mark.slow
+def test_neighbours_are_compared_with_lightlys(knn):
+    assert not knn["skipped"]
+    variants = {row["variant"]: row for row in knn["timings"] if row["section"] == "knn"}
+    assert set(variants) == {"knn_predict (lightly)", "faiss", "torch", "products alone"}
+    for name in ("faiss", "torch"):
+        assert variants[name]["reference"] == "knn_predict (lightly)"
+        assert [bar["what"] for bar in variants[name]["bars"]] == ["unlike knn_predict (lightly)"]
+    assert all(bar["met"] for row in knn["timings"] for bar in row["bars"])
+    for row in knn["timings"]:
+        assert row["peak"] > 0
+        assert row["peak"] * row["row_bytes"] < 100e6  # of the inputs' few hundred KB: no library is counted
+    assert {(row["section"], row["variant"]) for row in knn["timings"] if row["section"] != "knn"} == {
+        (section, backend) for section in ("recall", "map") for backend in ("faiss", "torch")
+    }
+
+
+@pytest.mark.slow
 def test_every_layer_has_its_memory_and_a_partition_its_accuracy(norms):
     for layout in ("contiguous", "channels_last"):
         peaks = {
@@ -125,6 +151,8 @@ def test_every_layer_has_its_memory_and_a_partition_its_accuracy(norms):
     ("script", "arguments", "message"),
     [
         ("norms.py", ["--only", "ShufleBN"], "no section or variant 'ShufleBN'; choose from"),
+        ("knn.py", ["--bank", "100"], "--neighbours 200 is more than --bank 100"),
+        ("knn.py", ["--ranks", "2"], "unrecognized arguments: --ranks 2"),
         ("shuffle.py", ["--shape", "64,8"], "expected N,C,H,W"),
         ("shuffle.py", ["--json", "no/such/folder/x.json"], "no folder no/such/folder"),
     ],

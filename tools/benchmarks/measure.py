@@ -510,7 +510,7 @@ def machine_facts(settings: argparse.Namespace) -> dict[str, Any]:
         kinds = [line.partition(":")[0].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()]
         model = next((name for kind, name in zip(kinds, names, strict=True) if kind == "model name"), model)
     peers = {}
-    for name in ("timm", "lightly", "torchvision", "detectron2", "fvcore"):
+    for name in ("timm", "lightly", "torchvision", "detectron2", "fvcore", "faiss-cpu"):
         with suppress(metadata.PackageNotFoundError):  # absent, or used from its source folder
             peers[name] = metadata.version(name)
     return {
@@ -679,19 +679,29 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def make_parser(description: str, *, ranks: list[int], threads: int, shapes: str) -> argparse.ArgumentParser:
-    """The options that both benchmarks take."""
+def make_parser(
+    description: str, *, ranks: list[int] | None = None, threads: int, shapes: str | None = None
+) -> argparse.ArgumentParser:
+    """The options that the benchmarks take; those of tensors on ranks only with ``shapes`` and ``ranks``."""
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--repeats", type=at_least_one, default=15, metavar="N", help="rounds of each comparison (default: 15)")
-    add("--shape", type=_shape, action="append", metavar="N,C,H,W", help=f"of each rank; may be repeated ({shapes})")
-    add(
-        "--ranks",
-        type=_ranks,
-        default=ranks,
-        metavar="W,...",
-        help=f"numbers of ranks (default: {','.join(map(str, ranks))})",
-    )
+    if shapes is not None and ranks is not None:
+        add(
+            "--shape",
+            type=_shape,
+            action="append",
+            metavar="N,C,H,W",
+            help=f"of each rank; may be repeated ({shapes})",
+        )
+        add(
+            "--ranks",
+            type=_ranks,
+            default=ranks,
+            metavar="W,...",
+            help=f"numbers of ranks (default: {','.join(map(str, ranks))})",
+        )
+        add("--dtype", choices=sorted(DTYPES), default="float32", help="of the input (default: float32)")
     add(
         "--threads",
         type=at_least_one,
@@ -700,7 +710,6 @@ def make_parser(description: str, *, ranks: list[int], threads: int, shapes: str
         help=f"of a single process; each of several ranks has one (default: {threads})",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--dtype", choices=sorted(DTYPES), default="float32", help="of the input (default: float32)")
     add("--only", action="append", metavar="NAME", help="a section or a variant by name; may be repeated")
     add("--json", type=Path, metavar="FILE", help="write the results there too")
     add(

@@ -334,3 +334,9 @@ def installed_detectron2_sync(num_features: int) -> nn.Module:
     from detectron2.layers.batch_norm import NaiveSyncBatchNorm as Detectron2SyncBatchNorm
 
     return Detectron2SyncBatchNorm(num_features)
+
+
+def installed_lightly_knn() -> Callable[..., Tensor]:
+    from lightly.utils.benchmarking import knn_predict
+
+    return knn_predict
