@@ -496,7 +496,7 @@ def _rows(variants: Sequence[Variant]) -> tuple[Figure, Axes]:
 def _limits(values: Sequence[float], least: float = 30.0) -> tuple[float, float]:
     """Limits around the values, never closer than ``least``: noise of a point must not look like a cliff."""
     low, high = min(values, default=0.0), max(values, default=100.0)
-    margin = max(0.08 * (high - low), (least - (high - low)) / 2, 1.0)
+    margin = max(0.08 * (high - low), (least - (high - low)) / 2, least / 30)
     top = high + margin
     # a little room below zero, so that a marker there is whole
     return (low - margin if low < 0 else max(low - margin, -0.04 * top)), top

@@ -75,6 +75,7 @@ def find(variants: Sequence[Variant], baseline: Variant | None = None) -> Findin
         ).format(who, points(LEAK_THRESHOLD), name(variant), signed(spread))
         return Finding(headline, [*_traces(gaps), *_blind(judged), *best(judged, None), *end])
     first, spread = leaky[0]
+    end = end if baseline is not first else seeds(judged)  # the sentence on features says it
     sentences = [*_loss(first), *_probes(first), *_others(leaky[1:], gaps), *_traces(gaps), *_blind(judged)]
     return Finding(_headline(first, spread), [*sentences, *_features(judged, first), *end], is_leak=True)
 
@@ -185,16 +186,18 @@ def _features(variants: Sequence[Variant], leaky: Variant) -> list[Markup]:
         text = "Its kNN accuracy is {}; no run without a leak is here to compare it with."
         return [Markup(text).format(value)]
     ranges = any(spread.count > 1 for _, spread in found)
-    text = Markup("Its kNN accuracy is {}; without the leak the difference is {}{}").format(
+    text = Markup("Its kNN accuracy is {}; runs without a leak differ from it, in points{}, by {}").format(
         value,
-        Markup(", ").join(Markup("{} for {}").format(difference_text(spread), name(item)) for item, spread in found),
-        " points (pairs of equal seed)" if ranges else " points",
+        " over pairs of equal seed" if ranges else "",
+        Markup(", ").join(Markup("{} ({})").format(difference_text(spread), name(item)) for item, spread in found),
     )
     better = [item for item, spread in found if _is_above(spread)]
     if len(better) == len(found):
         return [text + Markup(": this leak goes with worse features.")]
     if better:
         return [text + Markup(": its features are worse than those of {}, not of all.").format(names(better))]
+    if any(spread.mean > _CHANCE for _, spread in found):
+        return [text + Markup(": the seeds do not resolve whether the leak costs kNN accuracy.")]
     return [text + Markup(": no kNN penalty is visible. The cheating shows in the pretext task alone.")]
 
 

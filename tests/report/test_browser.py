@@ -11,6 +11,7 @@ import pytest
 
 from leakfree.report.html import render
 from leakfree.report.runs import group_runs, load_runs
+from tests.report.pretext_regime import write_pretext_runs
 from tests.report.regime import make_config, regime_record, write_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -33,6 +34,7 @@ frame.onload = () => {{
   facts.textContent = JSON.stringify({{
     page: root.scrollWidth, room: root.clientWidth, small: small.length,
     outside: outside.map((element) => element.outerHTML.slice(0, 80)),
+    headlines: page.querySelectorAll("[id^=headline]:not([id$=caption])").length,
     headline: page.querySelector("#headline").scrollWidth,
     pane: page.querySelector("#headline").closest(".scroll").clientWidth,
   }});
@@ -61,6 +63,22 @@ def test_nothing_sticks_out_and_nothing_complains(tmp_path, regime_runs, width):
     if width == 375:
         assert facts["headline"] > facts["pane"]  # a wide table scrolls inside its own pane
     else:
+        assert facts["headline"] <= facts["pane"]
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("mixed", [False, True], ids=["contrastive", "mixed"])
+def test_contrastive_runs_alone_and_beside_others_fit(tmp_path, regime_runs, width, mixed):
+    paths = write_pretext_runs(tmp_path / "moco", ("bn", "shuffle_bn", "sync_bn", "gn"), 3)
+    paths = [*regime_runs(3), *paths] if mixed else paths
+    variants = group_runs(load_runs(paths))
+    facts, complaints = look(tmp_path, render(variants, baseline=variants[1]), width)
+    assert facts["page"] <= facts["room"]
+    assert facts["outside"] == []
+    assert facts["small"] == 0
+    assert complaints == []
+    assert facts["headlines"] == (2 if mixed else 1)
+    if width == 1280 and not mixed:
         assert facts["headline"] <= facts["pane"]
 
 

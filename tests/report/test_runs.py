@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from leakfree.errors import RunError
-from leakfree.report.runs import Spread, find_variant, flatten, group_runs, load_runs
+from leakfree.report.runs import Spread, by_task, find_variant, flatten, group_runs, load_runs
 from tests.report.regime import NO_BATCH_STATISTICS, make_config, regime_record, write_run
 
 FUTURE = '{"name": "a", "task": "detection", "status": "finished", "seed": 0, "config": {}, "format": "2"}'
@@ -106,10 +106,14 @@ def test_a_link_to_a_folder_is_that_folder(regime_runs, tmp_path):
         load_runs([path, str(tmp_path / "link")])
 
 
-def test_runs_of_different_tasks_are_refused(tmp_path, regime_runs):
+def test_runs_of_different_tasks_are_different_variants(tmp_path, regime_runs):
+    paths = regime_runs(2, ("gn",))
     other = write_run(tmp_path / "moco", replace(regime_record("gn", 0), task="contrastive"))
-    with pytest.raises(RunError, match=r"moco: a run of task 'contrastive', but .*gn_seed0 is of task 'detection'"):
-        load_runs([*regime_runs(1, ("gn",)), other])
+    tasks = by_task(group_runs(load_runs([paths[0], other, paths[1]])))
+    assert {task: [(item.label, len(item.runs)) for item in members] for task, members in tasks.items()} == {
+        "detection": [("gn", 2)],
+        "contrastive": [("moco", 1)],
+    }
 
 
 def test_nothing_to_compare_is_refused():
