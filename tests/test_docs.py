@@ -28,9 +28,16 @@ def test_python_recipes_run(recipe, tmp_path):
     runpy.run_path(str(tmp_path / "recipe.py"))
 
 
-@pytest.mark.parametrize("line", re.findall(r"^leakfree train (.*)$", README.replace("\\\n", " "), re.MULTILINE))
-def test_training_commands_name_configs_and_keys_that_exist(line):
-    words = line.split()
+COMMANDS = [
+    line
+    for page in PAGES
+    for line in re.findall(r"^leakfree (?:train|check) (.*)$", page.read_text().replace("\\\n", " "), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_name_configs_and_keys_that_exist(line):
+    words = line.partition("#")[0].split()
     overrides = [word for word in words if "=" in word]
     load_config(str(ROOT / words[words.index("--config-file") + 1]), overrides)
 

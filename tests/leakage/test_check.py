@@ -15,6 +15,7 @@ from leakfree.norms import NORMS
 from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "contrastive.md"
 
 
 def verdicts(config, world_size=None):
@@ -150,6 +151,20 @@ def test_methods_times_words_times_ranks(query, key, method, ranks, images, expe
         assert words in item.reason
         assert item.source
         assert bool(item.remedy) == (item.verdict != "safe")
+
+
+def _documented():
+    table = DOCUMENT.read_text().partition("<!-- verdict-table -->")[2].partition("<!-- /verdict-table -->")[0]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    assert len(rows) > 15
+    return rows
+
+
+@pytest.mark.parametrize(("ranks", "images"), [(8, 0), (1, 4)])
+@pytest.mark.parametrize(("method", "query", "key", "verdict"), _documented())
+def test_the_page_says_what_the_check_says(method, query, key, verdict, ranks, images):
+    config = contrastive(query, key, method=method, images=images, chunk=2)
+    assert ", ".join(verdicts(config, ranks)) == verdict
 
 
 def test_a_finding_names_keys_that_were_given():
