@@ -55,6 +55,10 @@ class ContrastiveMethod(nn.Module):
 
     def __init__(self, encoder: Encoder, query: Mitigation, key: Mitigation, temperature: float) -> None:
         super().__init__()
+        if query.norm != key.norm:
+            raise ValueError(f"{query.name} and {key.name} are different networks: both encoders need the same")
+        if query.name == "eman" or (key.name == "eman" and not isinstance(self, MoCo)):
+            raise ValueError("eman is of the momentum encoder of MoCo")
         self.query = encoder
         self.query_mitigation, self.key_mitigation = query, key
         self.temperature = temperature
@@ -143,6 +147,8 @@ class MoCo(ContrastiveMethod):
         teacher_statistics: str = "own",
     ) -> None:
         super().__init__(encoder, query, key, temperature)
+        if key.name == "eman" and teacher_statistics == "own":
+            raise ValueError('eman never sees a batch: it needs teacher_statistics "ema" or "copy"')
         self.key = copy.deepcopy(encoder).requires_grad_(False)
         self.momentum, self.momentum_end, self.max_steps = momentum, momentum_end, max_steps
         self.teacher_statistics = teacher_statistics

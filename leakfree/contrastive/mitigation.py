@@ -48,7 +48,8 @@ class Mitigation:
         name: one of the above.
         images_per_group: for bn and the shuffles; 0 = what a rank holds.
         ghost_size: for ghost_bn.
-        seed: of the shuffles, the same on every rank.
+        seed: of the shuffles, the same on every rank. Two encoders need two: with one they would be dealt into the same
+            groups, as if there were no shuffle.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Mitigation:
         if self.name == "sync_bn":
             return 1
         if self.name == "ghost_bn":
-            return world_size * max(1, round(total / world_size / self.ghost_size))
+            return world_size * max(1, total // world_size // self.ghost_size)
         if not self.shares:
             return total
         return max(1, round(total / self.images_per_group)) if self.images_per_group else world_size
@@ -133,7 +134,7 @@ class Mitigation:
         if self.name == "sync_bn":
             return Partition(across_ranks=True)
         if self.name == "ghost_bn":
-            count = max(1, round(num_images / self.ghost_size))
+            count = max(1, num_images // self.ghost_size)  # as GhostBatchNorm counts
             return Partition.consecutive([len(part) for part in np.array_split(np.arange(num_images), count)])
         return image_partition([1] * num_images, self.images_per_group) if self.images_per_group else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from leakfree.contrastive.backbones import build_backbone
 from leakfree.contrastive.methods import ContrastiveMethod, Encoder, MoCo, SimCLR
 from leakfree.contrastive.mitigation import Mitigation
 from leakfree.errors import ConfigError
-from leakfree.norms import convert_norms
+from leakfree.norms import PartitionedBatchNorm, convert_norms
+from leakfree.shuffle.plan import mix_seed
 from leakfree.state import freeze_parts
 
 __all__ = ["build_contrastive", "describe_batch", "mitigations"]
+
+LOG = logging.getLogger("leakfree.contrastive")
 
 
 def mitigations(config: ContrastiveRunConfig) -> tuple[Mitigation, Mitigation]:
@@ -24,10 +28,10 @@ def mitigations(config: ContrastiveRunConfig) -> tuple[Mitigation, Mitigation]:
     settings = config.model
     ghost_size = int(settings.norm_options.get("group_size", 0))
 
-    def mitigation(name: str) -> Mitigation:
-        return Mitigation(name, settings.images_per_group, ghost_size, config.seed)
+    def mitigation(name: str, salt: int) -> Mitigation:
+        return Mitigation(name, settings.images_per_group, ghost_size, mix_seed(config.seed, salt))
 
-    return mitigation(settings.query), mitigation(settings.query if settings.key == "same" else settings.key)
+    return mitigation(settings.query, 0), mitigation(settings.query if settings.key == "same" else settings.key, 1)
 
 
 def build_contrastive(config: ContrastiveRunConfig) -> ContrastiveMethod:
@@ -68,6 +72,8 @@ def build_contrastive(config: ContrastiveRunConfig) -> ContrastiveMethod:
             max_steps=config.schedule.max_steps,
             teacher_statistics=statistics,
         )
+    if query.shares and not any(isinstance(module, PartitionedBatchNorm) for module in model.modules()):
+        LOG.warning("model.query: %s has no effect: %s has no batch norms", query.name, settings.backbone)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
     freeze_parts(model, settings.freeze)

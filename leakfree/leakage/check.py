@@ -163,10 +163,8 @@ class _Row(NamedTuple):
 
 _ANY: tuple[_Kind, ...] = ("alone", "part", "whole", "random")
 _SAME_GROUPS = "a query and its key are normalized among the same images, and no other key is: their statistics match"
-_SAME_DRAW = "queries and keys are dealt into the same random groups, so a query and its key share their statistics"
 _ALONE = "a key is normalized without its batch-mates, so it carries no sign of the batch it was encoded in"
 _APART = "who is normalized with a key is drawn apart from who is normalized with its query: they match by chance only"
-_ONE_SHUFFLE = "shuffle one of the two: model.query=bn model.key=shuffle_bn with model.images_per_group"
 
 # The first row that fits. The negatives of MoCo are keys of earlier steps, those of SimCLR are of this one.
 _VERDICTS: dict[str, tuple[_Row, ...]] = {
@@ -191,7 +189,6 @@ _VERDICTS: dict[str, tuple[_Row, ...]] = {
             "facebookresearch/moco issue 46",
         ),
         _Row(("part",), ("part",), "leak", _SAME_GROUPS, "model.key=shuffle_bn, or eman"),
-        _Row(("random",), ("random",), "leak", _SAME_DRAW, _ONE_SHUFFLE),
         _Row(_ANY, _ANY, "safe", _APART),
     ),
     "simclr": (
@@ -218,7 +215,6 @@ _VERDICTS: dict[str, tuple[_Row, ...]] = {
             "model.query=sync_bn, or model.key=shuffle_bn",
             "Chen et al. 2020, section 2.2; google-research/simclr issue 114",
         ),
-        _Row(("random",), ("random",), "leak", _SAME_DRAW, _ONE_SHUFFLE, "Chen et al. 2020, section 2.2"),
         _Row(_ANY, _ANY, "safe", _APART),
     ),
 }
@@ -230,7 +226,7 @@ def _contrastive(config: ContrastiveRunConfig, ranks: int) -> Iterator[Finding]:
     if model.key != "same":
         words["model.key"] = model.key
     chunk, held = int(model.norm_options.get("group_size", 0)), total // ranks
-    chunks = round(held / chunk) if chunk else 1
+    chunks = max(1, held // chunk) if chunk else 1
     dealt: list[_Groups] = []
     for key, word in words.items():
         groups = _groups(_SHARING[word], total, ranks, images_per_group=model.images_per_group, chunks=chunks)
