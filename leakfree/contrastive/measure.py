@@ -92,7 +92,7 @@ def validate(
     bank, queries = (_features(model, config, images[part], online, track) for part in ("train", "val"))
     row: dict[str, float | None] = {"knn": _knn(config, bank, queries)}
     if config.leakage.enabled:
-        count = 4 * config.trainer.total_batch_size
+        count = 3 * config.trainer.total_batch_size
         try:
             swap = pretext_swap(model, config, images["val"], max_images=count, probes=False, track=track)
         except DataError:

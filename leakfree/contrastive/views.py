@@ -6,6 +6,7 @@ process or batch that makes it.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from typing import Protocol
@@ -121,8 +122,7 @@ class DigitViews(_Standardized):
 
     def _styles(self, indices: Sequence[int]) -> Tensor:
         """(N, 3) what belongs to the images: of the split and the index alone, so alike for every seed."""
-        rows = [np.random.default_rng([6, self.split, index]).standard_normal(self.NUM_STYLES) for index in indices]
-        return torch.from_numpy(np.array(rows, dtype=np.float32))
+        return torch.from_numpy(np.array([_style(self.split, index) for index in indices], dtype=np.float32))
 
     def _illumination(self, styles: Tensor) -> Tensor:
         wave = torch.cos(torch.pi * (torch.arange(self.size) + 0.5) / self.size)
@@ -142,6 +142,11 @@ class DigitViews(_Standardized):
             & (uniform[:, 0] < self.settings.strength / 2)[:, None, None, None]
         )
         return pixels.masked_fill(hole, 0.0)
+
+
+@functools.cache  # a digit comes again in every epoch
+def _style(split: int, index: int) -> np.ndarray:
+    return np.random.default_rng([6, split, index]).standard_normal(DigitViews.NUM_STYLES)
 
 
 class PhotoViews(_Standardized):
