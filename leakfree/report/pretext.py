@@ -76,8 +76,9 @@ def find(variants: Sequence[Variant], baseline: Variant | None = None) -> Findin
         return Finding(headline, [*_traces(gaps), *_blind(judged), *best(judged, None), *end])
     first, spread = leaky[0]
     end = end if baseline is not first else seeds(judged)  # the sentence on features says it
-    sentences = [*_loss(first), *_probes(first), *_others(leaky[1:], gaps), *_traces(gaps), *_blind(judged)]
-    return Finding(_headline(first, spread), [*sentences, *_features(judged, first), *end], is_leak=True)
+    sentences = [*_loss(first), *_probes(first), *_features(judged, first)]
+    sentences += [*_others(leaky[1:], gaps), *_traces(gaps), *_blind(judged)]
+    return Finding(_headline(first, spread), [*sentences, *end], is_leak=True)
 
 
 def cautions(keys: Sequence[str]) -> list[Markup]:
@@ -128,7 +129,7 @@ def _others(leaky: Sequence[tuple[Variant, Spread]], gaps: Sequence[tuple[Varian
     clean = [spread.mean for variant, spread in gaps if not is_visible_leak(variant)]
     if clean:
         low, high = format_value(min(clean), "points"), format_value(max(clean), "points")
-        which = f"the other {len(clean)}" if len(clean) > 1 else "the other one"
+        which = f"the other {len(clean)} that learned" if len(clean) > 1 else "the other one that learned"
         span = f"between {low} and {high}" if low != high else low
         sentences.append(Markup("In {} this gap is {} points.").format(which, span))
     return sentences
