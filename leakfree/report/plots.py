@@ -78,7 +78,7 @@ _PRETEXT_CURVES = (
             _Line("pretext/same", lambda run: pretext("same").read(run.record)),
             _Line("pretext/other", lambda run: pretext("other").read(run.record), dashed=True),
         ),
-        "%; solid: same mates, dashed: other mates",
+        "%; dashed: other mates",
         percent=True,
     ),
     _Plot(
@@ -289,7 +289,8 @@ def _curves(
             if curve.spreads[0].count > 1:
                 low = [scale * spread.low for spread in curve.spreads]
                 high = [scale * spread.high for spread in curve.spreads]
-                axes.fill_between(curve.steps, low, high, color=color(index), alpha=0.14, linewidth=0)
+                alpha = 0.07 if line.dashed else 0.14
+                axes.fill_between(curve.steps, low, high, color=color(index), alpha=alpha, linewidth=0)
             which = f" {line.key}" if len(plot.lines) > 1 else ""
             words.append(f"{variants[index].label}:{which} last {means[-1]:.3g}")
         axes.set_xlabel("step")
