@@ -25,7 +25,7 @@ from leakfree.report.measures import (
     pretext_gap,
     probe,
 )
-from leakfree.report.runs import Run, Spread, Variant
+from leakfree.report.runs import Spread, Variant
 from leakfree.report.sentences import (
     Finding,
     against,
@@ -156,7 +156,7 @@ def _blind(variants: Sequence[Variant]) -> list[Markup]:
         if not runs:
             continue
         loss, same = (Spread.of(pretext(key).read(run.record) for run in runs) for key in ("loss", "same"))
-        trained = Spread.of(map(_last_accuracy, runs))
+        trained = Spread.of(run.last("pretext") for run in runs)
         part = f" in {len(runs)} of {len(variant.runs)} seeds" if len(runs) < len(variant.runs) else ""
         sentences.append(
             Markup(
@@ -210,9 +210,3 @@ def _blind_loss(variant: Variant) -> str:
     """The loss of features that tell nothing, with the logarithm it is."""
     value = blind_loss(variant.runs[0].record)
     return "" if value is None else f"{format_value(value, 'decimal')}, ln {round(math.exp(value))}"
-
-
-def _last_accuracy(run: Run) -> float | None:
-    """The training pretext accuracy logged last."""
-    values = [row["pretext"] for row in run.rows if isinstance(row.get("pretext"), float)]
-    return values[-1] if values and math.isfinite(values[-1]) else None

@@ -421,7 +421,7 @@ def test_the_console_prints_the_same_numbers(tmp_path, capsys):
 )
 def test_records_with_holes_still_make_a_report(tmp_path, change, capsys):
     broken = write_run(tmp_path / "a", replace(pretext_record("bn", 0), **change), pretext_rows("bn", 0))
-    for paths in ([broken], [broken, *write_pretext_runs(tmp_path, ("bn", "gn"), 1)]):
-        compare(paths, str(tmp_path / "page.html"))
-        Page((tmp_path / "page.html").read_text())
-        assert "a" in capsys.readouterr().out
+    compare([broken])
+    compare([broken, *write_pretext_runs(tmp_path, ("gn",), 1)], str(tmp_path / "page.html"))
+    Page((tmp_path / "page.html").read_text())
+    assert capsys.readouterr().out.count("\na ") >= 2  # its row in both tables
