@@ -125,6 +125,8 @@ def _print_task(variants: Sequence[Variant], console: Console, baseline: Variant
     )
     if any(column.head in ("targ.", "mix.") for column in columns):
         _print(console, "targ.: statistics of the target domain (AdaBN); mix.: mixture of domains (BN embeddings)")
+    if baseline is not None and any(cell.delta for row in table.rows for cell in row.cells):
+        _print(console, f"Signed, below a number: difference from {baseline.label}, and its range over equal seeds")
     for number, entry in enumerate(tables.footnotes(variants), start=1):
         _print(console, f"[{number}] {'; '.join(entry)}")
     for sentence in (*found.sentences, *finding.cautions(variants)):
@@ -179,6 +181,7 @@ def _print(console: Console, text: str, style: str = "") -> None:
 
 def _plain(text: str, console: Console) -> str:
     """What the console can show: no control characters, no signs its encoding lacks."""
+    text = text.replace("\N{NO-BREAK SPACE}", " ")  # which does not count as printable
     text = "".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in text)
     if not console.encoding.lower().startswith("utf"):
         text = text.translate(_ASCII)

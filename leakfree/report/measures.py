@@ -48,6 +48,7 @@ class Measure:
     style: str = "percent"  # percent | points | share | decimal | seconds | minutes | count
     better: str = ""  # high | low | "" (no best value)
     stands_in: Callable[[RunRecord], bool] | None = None  # true where stored statistics stand in for precise ones
+    absent: str = ""  # why a finished run may have no number, where its notes do not speak of it
 
     def of(self, variant: Variant) -> Spread | None:
         return variant.spread(self.read)
@@ -205,7 +206,13 @@ def _learned(record: RunRecord) -> float | None:
 
 def probe(encoder: str) -> Measure:
     """AUC of telling from two features of the "query" or the "key" encoder whether they shared statistics."""
-    return Measure(f"probe.{encoder}", encoder, lambda record: _leakage(record, "pretext", f"{encoder}_probe"), "share")
+    return Measure(
+        f"probe.{encoder}",
+        encoder,
+        lambda record: _leakage(record, "pretext", f"{encoder}_probe"),
+        "share",
+        absent="This encoder shares no statistics, or there are too few groups to judge.",
+    )
 
 
 def gap(other: str) -> Measure:

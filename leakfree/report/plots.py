@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -33,7 +32,7 @@ from leakfree.report.measures import (
     probe,
     roi_accuracy,
 )
-from leakfree.report.runs import Run, Spread, Variant
+from leakfree.report.runs import Run, Spread, Variant, is_number
 from leakfree.report.svg import CARD, MUTED, STYLE, color, dashes, marker, to_svg
 
 __all__ = ["Panel", "curve_panels", "influence_panels", "signature_panels"]
@@ -78,7 +77,7 @@ _PRETEXT_CURVES = (
             _Line("pretext/same", lambda run: pretext("same").read(run.record)),
             _Line("pretext/other", lambda run: pretext("other").read(run.record), dashed=True),
         ),
-        "%; solid: same mates, dashed: other mates",
+        "%; dashed: other mates",
         percent=True,
     ),
     _Plot(
@@ -254,7 +253,7 @@ def _curve(variant: Variant, line: _Line) -> _Curve:
     runs = []
     for run in variant.runs:
         # a resumed run may log a step twice: the later row is of the training that counts
-        rows = [row for row in run.rows if _is_number(row.get("step")) and _is_number(row.get(line.key))]
+        rows = [row for row in run.rows if is_number(row.get("step")) and is_number(row.get(line.key))]
         values = {float(row["step"]): float(row[line.key]) for row in rows}
         final, end = line.final(run), run.record.timing.get("steps")
         if values and run.finished and final is not None and end is not None:
@@ -289,7 +288,8 @@ def _curves(
             if curve.spreads[0].count > 1:
                 low = [scale * spread.low for spread in curve.spreads]
                 high = [scale * spread.high for spread in curve.spreads]
-                axes.fill_between(curve.steps, low, high, color=color(index), alpha=0.14, linewidth=0)
+                alpha = 0.07 if line.dashed else 0.14
+                axes.fill_between(curve.steps, low, high, color=color(index), alpha=alpha, linewidth=0)
             which = f" {line.key}" if len(plot.lines) > 1 else ""
             words.append(f"{variants[index].label}:{which} last {means[-1]:.3g}")
         axes.set_xlabel("step")
@@ -394,6 +394,7 @@ class _TwoPoints:
     scale: float = 100
     least: float = 30  # of the axis
     line: float | None = None
+    is_reference: bool = False  # the hollow point is no measurement, so it is not drawn alone
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -434,6 +435,7 @@ _LOSSES = _TwoPoints(
     ("loss", "tells nothing"),
     scale=1,
     least=1,
+    is_reference=True,
 )
 _NEIGHBOURS = _TwoPoints(
     "knn", "kNN accuracy", "% of held-out images, population statistics", features("knn")[0], None, ("kNN", "")
@@ -443,14 +445,15 @@ _NEIGHBOURS = _TwoPoints(
 def _two_points(name: str, rows: _TwoPoints, variants: Sequence[Variant]) -> Panel:
     with matplotlib.rc_context(STYLE):
         figure, axes = _rows(variants)
-        words, drawn = [], []
+        words, drawn, missing = [], [], []
         if rows.line is not None:
             axes.axvline(rows.scale * rows.line, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
             drawn.append(rows.scale * rows.line)
         for index, variant in enumerate(variants):
             found = [(measure, measure.of(variant)) for measure in rows.measures]
             known = [(measure, spread) for measure, spread in found if spread]
-            if not known or (rows is _LOSSES and rows.filled.of(variant) is None):
+            if not known or (rows.is_reference and rows.filled.of(variant) is None):
+                missing.append(index)
                 continue
             if len(known) == 2:
                 ends = [rows.scale * spread.mean for _, spread in known]
@@ -466,9 +469,8 @@ def _two_points(name: str, rows: _TwoPoints, variants: Sequence[Variant]) -> Pan
             words.append(f"{variant.label}: " + ", ".join(f"{what} {values[measure]}" for measure, what in called))
         axes.set_xlim(*_limits(drawn, rows.least))
         axes.xaxis.set_major_locator(_round_ticks())
-        for index, variant in enumerate(variants):
-            if rows.filled.of(variant) is None and (rows is _LOSSES or not any(m.of(variant) for m in rows.measures)):
-                axes.text(axes.get_xlim()[0], index, " n.a.", color=MUTED, va="center")
+        for index in missing:
+            axes.text(axes.get_xlim()[0], index, " n.a.", color=MUTED, va="center")
         return Panel(rows.title, rows.note, to_svg(figure, name), f"{rows.title}, {rows.note}. {_all(words)}")
 
 
@@ -512,7 +514,3 @@ def _short(label: str, length: int = 20) -> str:
 
 def _all(words: Sequence[str]) -> str:
     return "; ".join(words) + "."
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -25,7 +25,7 @@ from leakfree.report.measures import (
     pretext_gap,
     probe,
 )
-from leakfree.report.runs import Run, Spread, Variant
+from leakfree.report.runs import Spread, Variant
 from leakfree.report.sentences import (
     Finding,
     against,
@@ -76,8 +76,9 @@ def find(variants: Sequence[Variant], baseline: Variant | None = None) -> Findin
         return Finding(headline, [*_traces(gaps), *_blind(judged), *best(judged, None), *end])
     first, spread = leaky[0]
     end = end if baseline is not first else seeds(judged)  # the sentence on features says it
-    sentences = [*_loss(first), *_probes(first), *_others(leaky[1:], gaps), *_traces(gaps), *_blind(judged)]
-    return Finding(_headline(first, spread), [*sentences, *_features(judged, first), *end], is_leak=True)
+    sentences = [*_loss(first), *_probes(first), *_features(judged, first)]
+    sentences += [*_others(leaky[1:], gaps), *_traces(gaps), *_blind(judged)]
+    return Finding(_headline(first, spread), [*sentences, *end], is_leak=True)
 
 
 def cautions(keys: Sequence[str]) -> list[Markup]:
@@ -128,7 +129,7 @@ def _others(leaky: Sequence[tuple[Variant, Spread]], gaps: Sequence[tuple[Varian
     clean = [spread.mean for variant, spread in gaps if not is_visible_leak(variant)]
     if clean:
         low, high = format_value(min(clean), "points"), format_value(max(clean), "points")
-        which = f"the other {len(clean)}" if len(clean) > 1 else "the other one"
+        which = f"the other {len(clean)} that learned" if len(clean) > 1 else "the other one that learned"
         span = f"between {low} and {high}" if low != high else low
         sentences.append(Markup("In {} this gap is {} points.").format(which, span))
     return sentences
@@ -155,7 +156,7 @@ def _blind(variants: Sequence[Variant]) -> list[Markup]:
         if not runs:
             continue
         loss, same = (Spread.of(pretext(key).read(run.record) for run in runs) for key in ("loss", "same"))
-        trained = Spread.of(map(_last_accuracy, runs))
+        trained = Spread.of(run.last("pretext") for run in runs)
         part = f" in {len(runs)} of {len(variant.runs)} seeds" if len(runs) < len(variant.runs) else ""
         sentences.append(
             Markup(
@@ -209,9 +210,3 @@ def _blind_loss(variant: Variant) -> str:
     """The loss of features that tell nothing, with the logarithm it is."""
     value = blind_loss(variant.runs[0].record)
     return "" if value is None else f"{format_value(value, 'decimal')}, ln {round(math.exp(value))}"
-
-
-def _last_accuracy(run: Run) -> float | None:
-    """The training pretext accuracy logged last."""
-    values = [row["pretext"] for row in run.rows if isinstance(row.get("pretext"), float)]
-    return values[-1] if values and math.isfinite(values[-1]) else None

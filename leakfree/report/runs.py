@@ -17,7 +17,7 @@ from typing import Any
 from leakfree.errors import RunError, choices
 from leakfree.records import RunRecord, read_metrics, read_record
 
-__all__ = ["Run", "Spread", "Variant", "by_task", "find_variant", "flatten", "group_runs", "load_runs"]
+__all__ = ["Run", "Spread", "Variant", "by_task", "find_variant", "flatten", "group_runs", "is_number", "load_runs"]
 
 NOT_A_DIFFERENCE = ("seed", "output_dir")  # config keys in which the runs of one variant may differ
 
@@ -63,6 +63,10 @@ class Run:
         steps = [row["step"] for row in self.rows if isinstance(row.get("step"), int)]
         return max(steps, default=None)
 
+    def last(self, key: str) -> float | None:
+        """The number of this name that was logged last."""
+        return next((float(row[key]) for row in reversed(self.rows) if is_number(row.get(key))), None)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -95,6 +99,11 @@ class Variant:
     def spread(self, read: Callable[[RunRecord], float | None]) -> Spread | None:
         """What ``read`` finds in the records of this variant, over its runs."""
         return Spread.of(read(run.record) for run in self.runs)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a row is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

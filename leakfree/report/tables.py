@@ -322,6 +322,8 @@ def _cell(
         reason = "; ".join(variant.notes)
         if not variant.finished:
             reason = f"The run did not finish. {reason}".strip()
+        elif measure.absent:
+            return Cell(measure.key, "n.a.", reason=measure.absent)
         footnote = notes.index(variant.notes) + 1 if variant.notes else 0
         return Cell(measure.key, "n.a.", reason=reason or "Not recorded by this run.", footnote=footnote)
     delta, delta_range = _delta(measure, variant, baseline)

@@ -56,6 +56,12 @@ def test_ranges_over_seeds_are_printed(regime_runs):
     assert "30.8–37.0" in text
 
 
+def test_a_range_of_signed_numbers_is_printed_with_blanks(regime_runs):
+    text, _ = printed(regime_runs(3, ("bn_image",)))
+    assert "+41.4 to +45.3" in text
+    assert "?" not in text
+
+
 def test_marks_and_notes_are_explained(regime_runs):
     text, _ = printed(regime_runs(1))
     assert "+42.9!" in text

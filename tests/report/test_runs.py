@@ -198,5 +198,12 @@ def test_spread_is_mean_and_range_of_what_exists():
     assert equal.low == equal.mean == equal.high
 
 
+def test_the_last_number_of_a_name_is_found_past_odd_rows(tmp_path):
+    rows = [{"step": 1, "pretext": 0.5}, {"step": 2, "pretext": 1}, {"step": 3, "pretext": None}, {"step": 4}]
+    (run,) = load_runs([write_run(tmp_path / "a", regime_record("gn", 0), rows)])
+    assert run.last("pretext") == 1.0
+    assert run.last("knn") is None
+
+
 def test_flatten_keeps_lists_and_empty_dicts():
     assert flatten({"a": {"b": {"c": [1]}, "d": {}}, "e": None}) == {"a.b.c": [1], "a.d": {}, "e": None}
