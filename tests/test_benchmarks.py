@@ -234,3 +234,44 @@ def test_pressured_rounds_are_left_out_when_enough_are_quiet():
     assert quiet.ratio("a", "b").median == 0.5
     crowded = Rounds(seconds, [0.9, 0.9, 0.01, 0.0], max_pressure=0.03)
     assert crowded.used == [0, 1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------ contrastive
+
+
+@pytest.fixture(scope="module")
+def contrastive(tmp_path_factory):
+    arguments = ("--shape", "16,3,8,8", "--only", "moco", "--only", "simclr")
+    return _results("contrastive.py", tmp_path_factory.mktemp("contrastive"), *arguments)
+
+
+def test_contrastive_times_every_word_against_plain_batch_norms_and_mocos_gather(contrastive):
+    rows = {(row["section"], row["setting"]["ranks"], row["variant"]) for row in contrastive["timings"]}
+    words = {"bn", "shuffle_bn", "shuffle_images", "loader_shuffle", "sync_bn"}
+    assert {name for section, ranks, name in rows if (section, ranks) == ("simclr", 2)} == words
+    assert {name for section, ranks, name in rows if (section, ranks) == ("moco", 1)} == {
+        *words,
+        "eman",
+        "bn, 4 groups",
+    }
+    assert {"MoCo all-gather (plain)", "eman"} <= {name for section, ranks, name in rows if ranks == 2}
+    assert all(row["time"]["median"] > 0 for row in contrastive["timings"])
+
+
+def test_mocos_gather_computes_what_our_words_compute():
+    for ours, theirs in run_ranks(_keys_of_each, 2):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def _keys_of_each(rank: int, world_size: int) -> tuple[list[float], list[float]]:
+    """Per-image norms of keys do not tell; so compare keys under a norm that shares nothing: order must come home."""
+    from tools.benchmarks import contrastive as script
+
+    torch.manual_seed(rank)
+    images = torch.randn(8, 3, 8, 8)
+    found = []
+    for name in ("eman", script.MOCO):
+        method = script.make_method("moco", name, 8)
+        method.key.eval()
+        found.append(method.encode_keys(images, 0).flatten().tolist())
+    return found[0], found[1]

@@ -21,7 +21,7 @@ from leakfree.contrastive.methods import ContrastiveMethod, Views
 from leakfree.data import LabelledImages
 from leakfree.distributed import all_gather_rows, get_rank, get_world_size
 from leakfree.errors import DataError
-from leakfree.evaluation import Features, extract_features, knn_accuracy, linear_probe
+from leakfree.evaluation import Features, extract_features, few_label_knn_accuracy, knn_accuracy, linear_probe
 from leakfree.leakage import batchmate_probe, cross_sample_influence
 from leakfree.population import precise_bn
 from leakfree.records import Evaluation
@@ -172,7 +172,27 @@ def _judged(
     # every rank has all features: the probe wants each row once
     mine = slice(None) if get_world_size() == 1 else slice(get_rank(), None, get_world_size())
     probe = linear_probe(bank.x[mine], bank.y[mine], queries.x[mine], queries.y[mine])
-    return {"knn": _knn(config, bank, queries), "linear": probe.accuracy}
+    return {
+        "knn": _knn(config, bank, queries),
+        "knn_few": _few_label_knn(config, bank, queries),
+        "linear": probe.accuracy,
+    }
+
+
+def _few_label_knn(config: ContrastiveRunConfig, bank: Features, queries: Features) -> float | None:
+    """None where a class of the bank has fewer images than ``evaluation.few_labels``."""
+    labels = config.evaluation.few_labels
+    if int(torch.bincount(bank.y).min()) < labels:
+        return None
+    return few_label_knn_accuracy(
+        bank.x,
+        bank.y,
+        queries.x,
+        queries.y,
+        labels,
+        temperature=config.evaluation.knn_temperature,
+        seed=config.leakage.seed,
+    )
 
 
 # ------------------------------------------------------------------------------------------ the shortcut
