@@ -20,7 +20,7 @@ from torch import Tensor
 
 from leakfree.errors import ConfigError, DataError, choices
 
-__all__ = ["InvertedLists", "nearest", "search"]
+__all__ = ["InvertedLists", "check_directions", "nearest", "search"]
 
 BACKENDS = ("faiss", "torch")
 _CHUNK = 1024  # queries at a time, at most
@@ -119,28 +119,33 @@ def _without(similarity: Tensor, index: Tensor, own: Tensor) -> tuple[Tensor, Te
     return similarity[keep].view(len(index), -1), index[keep].view(len(index), -1)
 
 
-class _Directions:
-    """Rows of length 1, float32, by slices.
+def check_directions(features: Tensor, what: str) -> Tensor:
+    """The length of each row, float64 (N,).
 
     Raises:
-        DataError: a row without direction.
+        DataError: no rows of features, or one that is zero or not finite.
     """
+    if features.ndim != 2 or features.is_complex():
+        raise DataError(f"{what}: expected features (N, D), got {tuple(features.shape)} {features.dtype}")
+    pieces = features.detach().split(max(1, _NUMBERS // max(1, features.shape[1])))
+    lengths = torch.cat([torch.linalg.vector_norm(_real(part), dim=1, dtype=torch.float64) for part in pieces])
+    bad = ~(lengths.isfinite() & (lengths > 0))
+    if bool(bad.any()):
+        places = bad.nonzero().view(-1)
+        kind = "zero" if float(lengths[places[0]]) == 0 else "not finite"
+        raise DataError(
+            f"{what}: feature {int(places[0])} is {kind} ({len(places)} of {len(features)} are zero or not finite), so "
+            "it has no direction to compare"
+        )
+    return lengths
+
+
+class _Directions:
+    """Rows of length 1, float32, by slices."""
 
     def __init__(self, features: Tensor, what: str) -> None:
-        if features.ndim != 2 or features.is_complex():
-            raise DataError(f"{what}: expected features (N, D), got {tuple(features.shape)} {features.dtype}")
+        self.lengths = check_directions(features, what)
         self.features = features.detach()
-        pieces = self.features.split(max(1, _NUMBERS // max(1, features.shape[1])))
-        parts = [torch.linalg.vector_norm(_real(part), dim=1, dtype=torch.float64) for part in pieces]
-        self.lengths = torch.cat(parts) if parts else features.new_empty(0, dtype=torch.float64)
-        bad = ~(self.lengths.isfinite() & (self.lengths > 0))
-        if bool(bad.any()):
-            places = bad.nonzero().view(-1)
-            kind = "zero" if float(self.lengths[places[0]]) == 0 else "not finite"
-            raise DataError(
-                f"{what}: feature {int(places[0])} is {kind} ({len(places)} of {len(features)} are zero or not "
-                "finite), so it has no direction to compare"
-            )
         self.copied: Tensor | None = None
         if 4 * features.numel() <= _COPIED_BYTES:
             self.copied = self[:]
