@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leakfree.distributed import all_gather_table, get_rank, get_world_size
 from leakfree.errors import ConfigError, DataError
-from leakfree.evaluation.search import InvertedLists, nearest, search
+from leakfree.evaluation.search import InvertedLists, check_directions, nearest, search
 
 __all__ = ["few_label_knn_accuracy", "knn_accuracy", "knn_predict", "recall_at_k", "retrieval_map"]
 
@@ -71,17 +71,21 @@ def knn_accuracy(
     _check_labels(test_y, test_x)
     if not len(test_x):
         raise DataError("there are no queries")
-    mine = slice(None)
+    mine = torch.arange(len(test_x))
     if over_ranks:
         if exclude_self:
             raise ConfigError("over_ranks does not go with exclude_self, where queries are the rows of the bank")
-        mine = slice(get_rank(), None, get_world_size())
-    queries, wanted = test_x[mine], test_y[mine].to(test_x.device)
+        check_directions(test_x, "queries")  # all of them on each rank: a fault is to be found by every one
+        mine = mine[get_rank() :: get_world_size()]
+    mine = mine.to(test_x.device)
+    # A rank without a share searches too, for the sake of the checks.
+    queries = test_x if len(mine) == len(test_x) else test_x[mine] if len(mine) else test_x[:1]
+    wanted = test_y.to(test_x.device)[mine]
     hits, start = 0, 0
-    if len(queries):
-        for votes in _votes(train_x, train_y, queries, k, temperature, None, backend, approximate, exclude_self):
-            hits += int((votes.argmax(1) == wanted[start : start + len(votes)]).sum())  # the first of equal votes
-            start += len(votes)
+    for votes in _votes(train_x, train_y, queries, k, temperature, None, backend, approximate, exclude_self):
+        answers = wanted[start : start + len(votes)]
+        hits += int((votes.argmax(1)[: len(answers)] == answers).sum())  # argmax: the first of equal votes
+        start += len(votes)
     if over_ranks:
         hits = int(all_gather_table([hits]).sum())
     return hits / len(test_x)

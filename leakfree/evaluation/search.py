@@ -9,6 +9,7 @@ heaps; the torch backend selects in two levels. Neither copies a large bank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from leakfree.errors import ConfigError, DataError, choices
 
-__all__ = ["InvertedLists", "nearest", "search"]
+__all__ = ["InvertedLists", "check_directions", "nearest", "search"]
 
 BACKENDS = ("faiss", "torch")
 _CHUNK = 1024  # queries at a time, at most
 _NUMBERS = 2**23  # similarities held at a time
 _HEAP_TILE = 1024  # rows of the bank that are multiplied at a time: what comes of them stays in the cache
+_SAMPLE = 1024  # rows of the bank by which the heaps' bound is guessed
 _TILE = 2**16  # of the torch backend, whose selection gains from long rows
 _GROUP = 16  # similarities of which the first level looks at the largest
 _COPIED_BYTES = 2**30  # a bank up to here is normalized once, a larger one whenever its rows are used
@@ -119,28 +121,33 @@ def _without(similarity: Tensor, index: Tensor, own: Tensor) -> tuple[Tensor, Te
     return similarity[keep].view(len(index), -1), index[keep].view(len(index), -1)
 
 
-class _Directions:
-    """Rows of length 1, float32, by slices.
+def check_directions(features: Tensor, what: str) -> Tensor:
+    """The length of each row, float64 (N,).
 
     Raises:
-        DataError: a row without direction.
+        DataError: no rows of features, or one that is zero or not finite.
     """
+    if features.ndim != 2 or features.is_complex():
+        raise DataError(f"{what}: expected features (N, D), got {tuple(features.shape)} {features.dtype}")
+    pieces = features.detach().split(max(1, _NUMBERS // max(1, features.shape[1])))
+    lengths = torch.cat([torch.linalg.vector_norm(_real(part), dim=1, dtype=torch.float64) for part in pieces])
+    bad = ~(lengths.isfinite() & (lengths > 0))
+    if bool(bad.any()):
+        places = bad.nonzero().view(-1)
+        kind = "zero" if float(lengths[places[0]]) == 0 else "not finite"
+        raise DataError(
+            f"{what}: feature {int(places[0])} is {kind} ({len(places)} of {len(features)} are zero or not finite), so "
+            "it has no direction to compare"
+        )
+    return lengths
+
+
+class _Directions:
+    """Rows of length 1, float32, by slices."""
 
     def __init__(self, features: Tensor, what: str) -> None:
-        if features.ndim != 2 or features.is_complex():
-            raise DataError(f"{what}: expected features (N, D), got {tuple(features.shape)} {features.dtype}")
+        self.lengths = check_directions(features, what)
         self.features = features.detach()
-        pieces = self.features.split(max(1, _NUMBERS // max(1, features.shape[1])))
-        parts = [torch.linalg.vector_norm(_real(part), dim=1, dtype=torch.float64) for part in pieces]
-        self.lengths = torch.cat(parts) if parts else features.new_empty(0, dtype=torch.float64)
-        bad = ~(self.lengths.isfinite() & (self.lengths > 0))
-        if bool(bad.any()):
-            places = bad.nonzero().view(-1)
-            kind = "zero" if float(self.lengths[places[0]]) == 0 else "not finite"
-            raise DataError(
-                f"{what}: feature {int(places[0])} is {kind} ({len(places)} of {len(features)} are zero or not "
-                "finite), so it has no direction to compare"
-            )
         self.copied: Tensor | None = None
         if 4 * features.numel() <= _COPIED_BYTES:
             self.copied = self[:]
@@ -187,7 +194,7 @@ def _make_search(
     if faiss is None or (approximate is None and on_gpu and k > _GPU_NEIGHBOURS):
         return _TwoLevels(bank), _TILE
     if approximate is None and not on_gpu:
-        return _Heaps(faiss, bank), _HEAP_TILE
+        return _Heaps(faiss, bank, k), _HEAP_TILE
     return _Index(faiss, bank, approximate), _HEAP_TILE
 
 
@@ -236,13 +243,33 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class _Heaps:
-    """Exact search on CPUs: torch multiplies, faiss keeps the best."""
+    """Exact search on CPUs: torch multiplies, faiss keeps the best.
 
-    def __init__(self, faiss: ModuleType, bank: _Directions) -> None:
+    A heap spends most of its time on rows that enter early and leave again. So it starts from a bound: the similarity
+    that, by a sample of the bank, a few times ``k`` rows should exceed. Queries of which fewer than ``k`` do are
+    searched again without one.
+    """
+
+    def __init__(self, faiss: ModuleType, bank: _Directions, k: int) -> None:
         self.faiss, self.bank = faiss, bank
+        expected = k * _SAMPLE / max(1, len(bank))  # of the nearest rows, in the sample
+        self.rank = math.ceil(expected + 4 * math.sqrt(expected) + 4)
+        self.sample = _sample(bank, _SAMPLE) if len(bank) >= 8 * _SAMPLE and self.rank <= _SAMPLE // 8 else None
 
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        if self.sample is None:
+            return self._find(queries, k, None)
+        bound = _similarity(queries, self.sample).topk(self.rank, dim=1).values[:, -1:]
+        similarity, index = self._find(queries, k, bound)
+        short = (index < 0).any(1)
+        if bool(short.any()):
+            similarity[short], index[short] = self._find(queries[short], k, None)
+        return similarity, index
+
+    def _find(self, queries: Tensor, k: int, bound: Tensor | None) -> tuple[Tensor, Tensor]:
         found = self.faiss.ResultHeap(len(queries), k, keep_max=True)
+        if bound is not None:
+            found.D[:] = bound.numpy()
         with _threads_of_torch(self.faiss):
             for start, tile in self.bank.tiles(_HEAP_TILE):
                 similarity = _similarity(queries, tile).numpy()
@@ -267,7 +294,7 @@ class _Index:
             index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
         with _threads_of_torch(faiss):
             if approximate is not None:
-                index.train(_sample(bank, approximate).cpu().numpy())
+                index.train(_sample(bank, 256 * approximate.num_lists, approximate.seed).cpu().numpy())
             for _, tile in bank.tiles(_TILE):
                 index.add(tile.cpu().numpy())
         self.index = index
@@ -291,10 +318,9 @@ def _threads_of_torch(faiss: ModuleType) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def _sample(bank: _Directions, lists: InvertedLists) -> Tensor:
-    """The rows that the clusters are made of: all, or as many as faiss would look at."""
-    count = 256 * lists.num_lists
+def _sample(bank: _Directions, count: int, seed: int = 0) -> Tensor:
+    """That many rows at random, or all of fewer."""
     if len(bank) <= count:
         return bank[:]
-    chosen = torch.randperm(len(bank), generator=torch.Generator().manual_seed(lists.seed))[:count].sort().values
+    chosen = torch.randperm(len(bank), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return torch.cat([tile[chosen[(chosen >= at) & (chosen < at + len(tile))] - at] for at, tile in bank.tiles(_TILE)])

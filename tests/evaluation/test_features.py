@@ -44,7 +44,7 @@ def _extract_on_ranks(rank, world_size, folder):
 def test_features_of_ranks_count_each_sample_once(ranks, mapped, tmp_path):
     x, y = blobs(11, width=3)
     expected = _Model().eval()(x)
-    for features, classes in run_ranks(_extract_on_ranks, ranks, tmp_path if mapped else None, timeout=20):
+    for features, classes in run_ranks(_extract_on_ranks, ranks, tmp_path if mapped else None):
         torch.testing.assert_close(torch.tensor(features), expected)
         assert classes == y.tolist()
 
@@ -89,7 +89,7 @@ def _uneven_on_ranks(rank, world_size, cuts, folder):
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("cuts", [[0, 7, 8, 17], [0, 0, 0, 13], [0, 13, 13, 13], [0, 0, 1, 1]])
 def test_shares_may_be_uneven_and_empty(cuts, mapped, tmp_path):
-    assert run_ranks(_uneven_on_ranks, 3, cuts, tmp_path if mapped else None, timeout=20) == [cuts[-1]] * 3
+    assert run_ranks(_uneven_on_ranks, 3, cuts, tmp_path if mapped else None) == [cuts[-1]] * 3
     files = list(tmp_path.iterdir())
     assert len(files) == mapped
     for file in files:
@@ -105,7 +105,7 @@ def _widths_on_ranks(rank, world_size, folder):
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_all_ranks_are_told_of_different_widths(mapped, tmp_path):
-    run_ranks(_widths_on_ranks, 2, tmp_path if mapped else None, timeout=20)
+    run_ranks(_widths_on_ranks, 2, tmp_path if mapped else None)
     assert not list(tmp_path.iterdir())
 
 
@@ -122,7 +122,7 @@ def _folders_on_ranks(rank, world_size, root):
 
 
 def test_a_folder_of_one_rank_alone_is_told(tmp_path):
-    run_ranks(_folders_on_ranks, 2, tmp_path, timeout=20)
+    run_ranks(_folders_on_ranks, 2, tmp_path)
     assert not list((tmp_path / "0").iterdir())
 
 

@@ -172,8 +172,22 @@ def _on_ranks(rank, world_size, count, cuts):
 @pytest.mark.parametrize("cuts", [[0, 50, 100], [0, 30, 30, 100], [0, 0, 0, 100]])
 def test_ranks_agree_with_one_process(count, cuts):
     alone = _on_ranks(0, 1, count, [0, 100])
-    for found in run_ranks(_on_ranks, len(cuts) - 1, count, cuts, timeout=20):
+    for found in run_ranks(_on_ranks, len(cuts) - 1, count, cuts):
         assert found == alone
+
+
+def _mistakes_on_ranks(rank, world_size):
+    x, y = blobs(10)
+    broken = x.clone()
+    broken[4] = float("nan")
+    with pytest.raises(DataError, match="queries: feature 4 is not finite"):
+        knn_accuracy(x, y, broken, y, k=2, over_ranks=True)
+    with pytest.raises(ConfigError, match="k must be from 1 to 10"):
+        knn_accuracy(x, y, x[:2], y[:2], k=11, over_ranks=True)
+
+
+def test_a_mistake_is_found_by_every_rank():
+    run_ranks(_mistakes_on_ranks, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

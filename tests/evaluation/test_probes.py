@@ -58,7 +58,7 @@ def _probe_on_ranks(rank, world_size, cuts):
 @pytest.mark.parametrize("cuts", [[0, 40, 101], [0, 0, 101], [0, 7, 7, 101]])
 def test_the_probe_of_ranks_is_that_of_one_process(cuts):
     alone = _probe_on_ranks(0, 1, [0, 101])
-    for found in run_ranks(_probe_on_ranks, len(cuts) - 1, cuts, timeout=20):
+    for found in run_ranks(_probe_on_ranks, len(cuts) - 1, cuts):
         for (accuracy, weight), (expected_accuracy, expected_weight) in zip(found, alone, strict=True):
             assert accuracy == expected_accuracy
             np.testing.assert_allclose(weight, expected_weight, atol=1e-5)

@@ -37,8 +37,8 @@ def test_neighbours_are_those_of_a_sort_in_float64(backend, data):
     queries = bank if exclude_self else blobs(data.draw(st.integers(1, 40)), seed=seed + 100)[0]
     k = data.draw(st.integers(1, n - exclude_self))
     tile, numbers = data.draw(st.sampled_from([3, 50, 1000])), data.draw(st.sampled_from([1, 200, 2**20]))
-    copied = data.draw(st.sampled_from([0, 2**20]))
-    changes = {"_TILE": tile, "_HEAP_TILE": tile, "_NUMBERS": numbers, "_COPIED_BYTES": copied}
+    copied, sample = data.draw(st.sampled_from([0, 2**20])), data.draw(st.sampled_from([0, 64, 2**10]))
+    changes = {"_TILE": tile, "_HEAP_TILE": tile, "_NUMBERS": numbers, "_COPIED_BYTES": copied, "_SAMPLE": sample}
     with mock.patch.multiple(search, **changes):
         _check(bank, queries, k, exclude_self=exclude_self, backend=backend)
 
@@ -54,6 +54,32 @@ def test_two_levels_select_what_one_would(rows, columns, k, seed, ties):
     assert torch.equal(best, values.topk(min(k, columns), dim=1).values)
     assert torch.equal(values.gather(1, index), best)
     assert all(len(set(row)) == len(row) for row in index.tolist())
+
+
+@pytest.mark.parametrize("kind", ["mixed", "near rows are all in the sample", "equal rows"])
+def test_a_bound_that_was_too_high_costs_nothing_but_time(kind):
+    bank, queries = blobs(2000)[0], blobs(30, seed=1)[0]
+    sampled = torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:128]
+    if kind == "near rows are all in the sample":
+        bank[sampled[:20]] = queries[:1] + 0.01 * bank[:20]
+    if kind == "equal rows":
+        bank[:] = bank[0]
+    redone = []
+    find = search._Heaps._find
+
+    def spy(self, asked, k, bound):
+        redone.append(len(asked) if bound is None else 0)
+        return find(self, asked, k, bound)
+
+    with mock.patch.object(search, "_SAMPLE", 128), mock.patch.object(search._Heaps, "_find", spy):
+        similarity, index = nearest(bank, queries, 10)
+    exact = exact_similarity(bank, queries)
+    np.testing.assert_allclose(similarity.numpy(), -np.sort(-exact, axis=1)[:, :10], atol=2e-6)
+    np.testing.assert_allclose(np.take_along_axis(exact, index.numpy(), 1), similarity.numpy(), atol=2e-6)
+    assert all(len(set(row)) == 10 for row in index.tolist())
+    assert redone[0] == 0  # with a bound
+    assert sum(redone) == {"mixed": 0, "equal rows": 30}.get(kind, sum(redone))
+    assert kind == "mixed" or len(redone) == 2
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])
