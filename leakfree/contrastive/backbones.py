@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from leakfree.errors import ConfigError
 from leakfree.norms import convert_norms, norm_layer
 
-__all__ = ["SmallBackbone", "build_backbone"]
+__all__ = ["SmallBackbone", "build_backbone", "convert_batch_norms"]
 
 _HEADS = ("fc", "classifier", "head", "heads")  # where torchvision's models keep their classifier
 
@@ -81,12 +81,21 @@ def build_backbone(name: str, norm: str, options: dict[str, Any], *, stem: str =
         model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
+    convert_batch_norms(model, norm, options)
+    return model, width
+
+
+def convert_batch_norms(model: nn.Module, norm: str, options: dict[str, Any]) -> None:
+    """Put the norm of the config in the place of the model's batch norms, if it has any.
+
+    Raises:
+        ConfigError: an option that the norm does not take.
+    """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         try:
             convert_norms(model, norm, **options)
         except ConfigError as error:
             raise ConfigError(f"model.norm_options: {error}") from None
-    return model, width
 
 
 def _from_torchvision(name: str) -> tuple[nn.Module, int]:

@@ -9,25 +9,43 @@ from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
 from torch import nn
 
 from leakfree.config.schema import ContrastiveRunConfig
-from leakfree.contrastive.backbones import build_backbone
+from leakfree.contrastive.backbones import build_backbone, convert_batch_norms
 from leakfree.contrastive.methods import ContrastiveMethod, Encoder, MoCo, SimCLR
 from leakfree.contrastive.mitigation import Mitigation
 from leakfree.errors import ConfigError
-from leakfree.norms import convert_norms
 from leakfree.state import freeze_parts
 
 __all__ = ["build_contrastive", "describe_batch", "mitigations"]
 
 
 def mitigations(config: ContrastiveRunConfig) -> tuple[Mitigation, Mitigation]:
-    """Who shares statistics in the forwards of queries and keys."""
+    """Who shares statistics in the forwards of queries and keys.
+
+    Raises:
+        ConfigError: words that cannot be had together, or ``ghost_bn`` without its ``group_size``.
+    """
     settings = config.model
-    ghost_size = int(settings.norm_options.get("group_size", 0))
-
-    def mitigation(name: str) -> Mitigation:
-        return Mitigation(name, settings.images_per_group, ghost_size, config.seed)
-
-    return mitigation(settings.query), mitigation(settings.query if settings.key == "same" else settings.key)
+    ghost_size = settings.norm_options.get("group_size", 0)
+    names = settings.query, settings.query if settings.key == "same" else settings.key
+    if "ghost_bn" in names and (type(ghost_size) is not int or ghost_size < 1):
+        raise ConfigError(
+            "model.norm_options.group_size: ghost_bn needs the number of images that share statistics, 1 or more, got "
+            f"{ghost_size!r}"
+        )
+    query, key = (Mitigation(name, settings.images_per_group, ghost_size, config.seed) for name in names)
+    if query.norm != key.norm:
+        raise ConfigError(
+            f"model.key: {key.name} needs {key.norm} layers, and model.query={query.name} gives both encoders "
+            f"{query.norm}; use same, or another model.query"
+        )
+    if key.name == "eman" and settings.method == "simclr":
+        raise ConfigError("model.key: eman is of MoCo's momentum encoder, and simclr has none; use a shuffle, or gn")
+    if key.name == "eman" and settings.teacher_statistics == "own":
+        raise ConfigError(
+            "model.teacher_statistics: own with model.key=eman, whose key encoder takes no statistics of batches; use "
+            "auto, ema or copy"
+        )
+    return query, key
 
 
 def build_contrastive(config: ContrastiveRunConfig) -> ContrastiveMethod:
@@ -47,8 +65,7 @@ def build_contrastive(config: ContrastiveRunConfig) -> ContrastiveMethod:
     options = {name: value for name, value in settings.norm_options.items() if name != "group_size"}
     backbone, width = build_backbone(settings.backbone, query.norm, options, stem=settings.stem)
     head = _head(config, width)
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in head.modules()):
-        convert_norms(head, query.norm, **options)
+    convert_batch_norms(head, query.norm, options)
     encoder = Encoder(backbone, head)
     if settings.method == "simclr":
         model: ContrastiveMethod = SimCLR(encoder, query, key, settings.temperature)
