@@ -12,11 +12,12 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from leakfree import __version__
 from leakfree.config import RunConfig, load_config
-from leakfree.errors import ConfigError, LeakfreeError, choices
+from leakfree.errors import CheckpointError, ConfigError, LeakfreeError, choices
 from leakfree.training.ranks import RankError
 
 __all__ = ["UsageError", "main"]
@@ -38,6 +39,9 @@ _EXAMPLES = {
     "compare": """examples:
   leakfree compare output/digits/BNhead_leaky output/digits/SyncBNhead
   leakfree compare output/digits/*head* -o report.html""",
+    "export": """examples:
+  leakfree export output/contrastive/imagenet/moco --format torchvision --output resnet50.pt
+  leakfree export output/contrastive/imagenet/moco/checkpoint_0100000.pt --format detectron2 --output resnet50.pkl""",
     "env": """examples:
   leakfree env""",
 }
@@ -161,6 +165,12 @@ def _parsers() -> dict[str, _Parser]:
     compare.add_argument("-o", "--output", metavar="FILE", help="also write a self-contained HTML report")
     compare.add_argument("--title", metavar="TEXT", help="heading of the report")
     compare.add_argument("--baseline", metavar="RUN", help="the run that differences refer to")
+    export = add("export", "Write a contrastive run's backbone for torchvision, timm or detectron2.")
+    export.add_argument("run", metavar="RUN", help="output folder of a run, or a checkpoint of one")
+    export.add_argument(
+        "--format", required=True, choices=["torchvision", "timm", "detectron2"], help="the library that loads it"
+    )
+    export.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write; .pkl for detectron2")
     add("env", "Print versions and hardware, for a bug report.")
     return parsers
 
@@ -248,6 +258,27 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from leakfree.training.checkpoints import newest_valid, read_checkpoint
+
+    path = Path(args.run)
+    notices: list[str] = []
+    if path.is_dir():
+        found, notices = newest_valid(path)
+        if found is None:
+            raise CheckpointError(f"{path}: the folder holds no checkpoint of a run")
+        path = found
+    checkpoint = read_checkpoint(path)
+    from leakfree.contrastive import write_backbone
+
+    try:
+        write_backbone(checkpoint, args.format, Path(args.output))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    print(*notices, f"{path} -> {args.output} ({args.format})", sep="\n")
+    return 0
+
+
 def _env(args: argparse.Namespace) -> int:
     rows = [("leakfree", __version__), ("python", platform.python_version())]
     names = ["torch", "torchvision", "lightning", "torchmetrics", "faster-coco-eval", "omegaconf", "numpy"]
@@ -282,6 +313,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "check": _check,
     "compare": _compare,
+    "export": _export,
     "env": _env,
 }
 

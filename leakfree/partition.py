@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,6 +51,16 @@ class Partition:
             return Partition(chunks=tuple(sizes))
         groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.as_tensor(list(sizes), dtype=torch.int64))
         return Partition(groups, len(sizes), chunks=tuple(sizes))
+
+    @staticmethod
+    def chunks_of(group_size: int, num_rows: int) -> Partition:
+        """max(1, num_rows // group_size) consecutive groups of this rank, whose sizes differ by at most one.
+
+        So no group is smaller than ``group_size`` unless the batch is.
+        """
+        num_groups = max(1, num_rows // group_size)
+        starts = [-(-group * num_rows // num_groups) for group in range(num_groups + 1)]
+        return Partition.consecutive([stop - start for start, stop in pairwise(starts)])
 
     @property
     def synchronized(self) -> bool:

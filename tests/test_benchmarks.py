@@ -246,15 +246,10 @@ def contrastive(tmp_path_factory):
 
 
 def test_contrastive_times_every_word_against_plain_batch_norms_and_mocos_gather(contrastive):
-    rows = {(row["section"], row["setting"]["ranks"], row["variant"]) for row in contrastive["timings"]}
-    words = {"bn", "shuffle_bn", "shuffle_images", "loader_shuffle", "sync_bn"}
-    assert {name for section, ranks, name in rows if (section, ranks) == ("simclr", 2)} == words
-    assert {name for section, ranks, name in rows if (section, ranks) == ("moco", 1)} == {
-        *words,
-        "eman",
-        "bn, 4 groups",
-    }
-    assert {"MoCo all-gather (plain)", "eman"} <= {name for section, ranks, name in rows if ranks == 2}
+    rows = {(row["setting"]["ranks"], row["variant"]) for row in contrastive["timings"]}
+    words = {"bn", "shuffle_bn", "shuffle_images", "loader_shuffle", "sync_bn", "eman"}
+    assert {name for ranks, name in rows if ranks == 1} == {*words, "bn, 4 groups"}
+    assert {name for ranks, name in rows if ranks == 2} >= {*words, "MoCo all-gather (plain)"}
     assert all(row["time"]["median"] > 0 for row in contrastive["timings"])
 
 

@@ -2,6 +2,7 @@
 
 from leakfree.contrastive.backbones import SmallBackbone, build_backbone
 from leakfree.contrastive.batches import feature_batches, training_views
+from leakfree.contrastive.export import export_backbone, write_backbone
 from leakfree.contrastive.losses import Contrast, nt_xent, queue_info_nce
 from leakfree.contrastive.measure import (
     PretextSwap,
@@ -33,6 +34,7 @@ __all__ = [
     "describe_batch",
     "estimate_statistics",
     "evaluate_contrastive",
+    "export_backbone",
     "feature_batches",
     "mitigations",
     "nt_xent",
@@ -40,4 +42,5 @@ __all__ = [
     "queue_info_nce",
     "training_views",
     "validate",
+    "write_backbone",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from leakfree.errors import ConfigError
 from leakfree.norms import convert_norms, norm_layer
 
-__all__ = ["SmallBackbone", "build_backbone"]
+__all__ = ["SmallBackbone", "build_backbone", "convert_batch_norms"]
 
 _HEADS = ("fc", "classifier", "head", "heads")  # where torchvision's models keep their classifier
 
@@ -57,7 +57,7 @@ class SmallBackbone(nn.Module):
 
 
 def build_backbone(name: str, norm: str, options: dict[str, Any], *, stem: str = "imagenet") -> tuple[nn.Module, int]:
-    """A network without its classifier, images (N, 3, H, W) -> features (N, D), and D.
+    """A network without its last linear layer, images (N, 3, H, W) -> features (N, D), or (N, D, 1, 1), and D.
 
     Names of parameters and buffers are those of the library it comes from, so that weights go back there.
 
@@ -81,12 +81,21 @@ def build_backbone(name: str, norm: str, options: dict[str, Any], *, stem: str =
         model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
+    convert_batch_norms(model, norm, options)
+    return model, width
+
+
+def convert_batch_norms(model: nn.Module, norm: str, options: dict[str, Any]) -> None:
+    """Put the norm of the config in the place of the model's batch norms, if it has any.
+
+    Raises:
+        ConfigError: an option that the norm does not take.
+    """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         try:
             convert_norms(model, norm, **options)
         except ConfigError as error:
             raise ConfigError(f"model.norm_options: {error}") from None
-    return model, width
 
 
 def _from_torchvision(name: str) -> tuple[nn.Module, int]:
@@ -101,10 +110,15 @@ def _from_torchvision(name: str) -> tuple[nn.Module, int]:
         extra["aux_logits"] = False
     model = torchvision.models.get_model(name, weights=None, **extra)
     for head in _HEADS:
-        layers = [item for item in getattr(model, head, nn.Identity()).modules() if isinstance(item, nn.Linear)]
-        if layers:
-            setattr(model, head, nn.Identity())
-            return model, layers[0].in_features
+        inside = [(path, item) for path, item in model.named_modules() if path.partition(".")[0] == head]
+        linear = [(path, item) for path, item in inside if isinstance(item, nn.Linear)]
+        if linear:
+            path, last = linear[-1]
+            model.set_submodule(path, nn.Identity())
+            for _, item in inside:
+                if isinstance(item, nn.Dropout):
+                    item.p = 0.0  # it regularized the classifier
+            return model, last.in_features
     raise ConfigError(f"model.backbone: {name} ends in no linear layer, so its features are not known; use another")
 
 

@@ -116,7 +116,7 @@ def _both(images: LabelledImages, views: ViewMaker, batch: PairedRows) -> Views:
     )
     indices = torch.tensor([row.image for row in batch.queries], dtype=torch.int64)
     labels = torch.from_numpy(images.labels)[indices]
-    return Views(queries, keys, labels, indices, torch.tensor(batch.draw))
+    return Views(queries, keys, labels, indices, batch.draw)
 
 
 def training_views(

@@ -120,10 +120,10 @@ def estimate_statistics(
     @torch.no_grad()
     def forward(part: nn.Module, batch: Views) -> None:
         with as_in_training(part):
-            index = 2**40 + int(batch.step)
+            index = 2**40 + batch.step
             model.encode_queries(_on(model, batch.query), index)
             if layers == "all" and part is model:
-                model.encode_keys(_on(model, batch.key), index)
+                model.encode_keys(_on(model, batch.key), index, len(batch.query))
 
     with random_numbers_kept(model, config.seed):
         precise_bn(model if layers == "all" else model.query, views, forward=forward, progress=False)
@@ -189,7 +189,7 @@ def _few_label_knn(config: ContrastiveRunConfig, bank: Features, queries: Featur
         bank.y,
         queries.x,
         queries.y,
-        labels,
+        labels_per_class=labels,
         temperature=config.evaluation.knn_temperature,
         seed=config.leakage.seed,
     )
@@ -304,8 +304,8 @@ def _encoded(
     paired = [pair_rows(batch, 2**41 + number, model.key_mitigation) for number, batch in enumerate(batches)]
     found: list[list[Tensor]] = [[], [], [], []]
     for views in track(paired_views(config, images, paired, stream=_HELD_OUT), what):
-        index = int(views.step)
-        encoded = model.encode_keys(_on(model, views.key), index)
+        index = views.step
+        encoded = model.encode_keys(_on(model, views.key), index, len(views.query))
         found[1].append(all_gather_rows(encoded)[0])
         if queries:
             found[0].append(all_gather_rows(model.encode_queries(_on(model, views.query), index))[0])
@@ -334,7 +334,7 @@ def _influence(
     with modes_kept(model), buffers_kept(model), random_numbers_kept(model, leakage.seed):
         model.train()
         for batch in track(views, "influence"):
-            index = 2**40 + int(batch.step)
+            index = 2**40 + batch.step
             result = cross_sample_influence(
                 lambda pixels, index=index: model.encode_queries(pixels, index),  # type: ignore[misc]
                 _on(model, batch.query),

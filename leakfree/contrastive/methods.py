@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +22,16 @@ __all__ = ["ContrastiveMethod", "Encoder", "MoCo", "SimCLR", "Views"]
 class Views(NamedTuple):
     """A training batch of this rank.
 
-    ``query``, ``key``: (N, 3, S, S), two views of the same images; under ``loader_shuffle`` the keys are those of the
-    images that meet here. ``labels``, ``indices``: int64 (N,), of the queries. ``step``: int64 (), selects the shuffle.
+    ``query``, ``key``: (N, 3, S, S), two views of the same images; under ``loader_shuffle`` ``key`` holds the images
+    that meet here, (M, 3, S, S). ``labels``, ``indices``: int64 (N,), of the queries. ``step`` selects the
+    shuffle; it stays on the host.
     """
 
     query: Tensor
     key: Tensor
     labels: Tensor
     indices: Tensor
-    step: Tensor
+    step: int
 
 
 class Encoder(nn.Module):
@@ -67,8 +69,9 @@ class ContrastiveMethod(nn.Module):
         """(N, D) of length 1, in the mode the module is in; ``index``: of the draw, where there is a shuffle."""
         return self.query_mitigation.encode(self.query, images, index)
 
-    def encode_keys(self, images: Tensor, index: int) -> Tensor:
-        """As :meth:`encode_queries`; under ``loader_shuffle`` the images are those that meet on this rank."""
+    def encode_keys(self, images: Tensor, index: int, num_images: int | None = None) -> Tensor:
+        """As :meth:`encode_queries`; under ``loader_shuffle`` ``images`` are those that meet on this rank, and
+        ``num_images`` is how many are its own (by default as many)."""
         raise NotImplementedError
 
     def forward(self, views: Views) -> Contrast:
@@ -95,12 +98,12 @@ class SimCLR(ContrastiveMethod):
     Reference: Chen et al. 2020.
     """
 
-    def encode_keys(self, images: Tensor, index: int) -> Tensor:
-        return self.key_mitigation.encode(self.query, images, index, moved=self.key_mitigation.name == "loader_shuffle")
+    def encode_keys(self, images: Tensor, index: int, num_images: int | None = None) -> Tensor:
+        return self.key_mitigation.encode(self.query, images, index, num_images)
 
     def forward(self, views: Views) -> Contrast:
-        index = int(views.step)
-        queries, keys = self.encode_queries(views.query, index), self.encode_keys(views.key, index)
+        index = views.step
+        queries, keys = self.encode_queries(views.query, index), self.encode_keys(views.key, index, len(views.query))
         return nt_xent(queries, keys, self.temperature)
 
     def judge(self, queries: Tensor, keys: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,28 +167,27 @@ class MoCo(ContrastiveMethod):
             self.key.eval()  # it never writes its statistics
         return self
 
-    def encode_keys(self, images: Tensor, index: int) -> Tensor:
-        mitigation = self.key_mitigation
-        with torch.no_grad():
-            if self.training and mitigation.shares and not self.key.training:
-                with batch_statistics(self.key):
-                    return mitigation.encode(self.key, images, index, moved=mitigation.name == "loader_shuffle")
-            return mitigation.encode(self.key, images, index, moved=mitigation.name == "loader_shuffle")
+    def encode_keys(self, images: Tensor, index: int, num_images: int | None = None) -> Tensor:
+        # An encoder in eval mode, since its statistics are not its own, may still have to share those of a batch.
+        measured = self.training and self.key_mitigation.shares and not self.key.training
+        with torch.no_grad(), batch_statistics(self.key) if measured else nullcontext():
+            return self.key_mitigation.encode(self.key, images, index, num_images)
 
     def forward(self, views: Views) -> Contrast:
-        index = int(views.step)
+        index = views.step
         if self._shared is not None:
             self._shared.remember()
         queries = self.encode_queries(views.query, index)
         if self._shared is not None:
             self._shared.merge()
         self.update_teacher(self.momentum_at(index))
-        keys = self.encode_keys(views.key, index)
+        keys = self.encode_keys(views.key, index, len(views.query))
         found = queue_info_nce(queries, keys, self.queue, self.temperature)
         self._waiting = found.keys
         return found
 
     def momentum_at(self, step: int) -> float:
+        """The momentum of the key encoder in a step."""
         if self.momentum_end is None:
             return self.momentum
         share = (math.cos(math.pi * min(step / self.max_steps, 1.0)) + 1) / 2
@@ -213,10 +215,9 @@ class MoCo(ContrastiveMethod):
             return
         size = len(self.queue)
         keys = self._waiting[-size:].to(self.queue.dtype)
-        first = int(self.queue_pointer)
-        rows = (first + torch.arange(len(keys), device=self.queue.device)) % size
+        rows = (self.queue_pointer + torch.arange(len(keys), device=self.queue.device)) % size
         self.queue[rows] = keys
-        self.queue_pointer.fill_((first + len(keys)) % size)
+        self.queue_pointer.add_(len(keys)).remainder_(size)
         self._waiting = None
 
     def judge(self, queries: Tensor, keys: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +32,7 @@ class Mitigation:
     ================== =====================================================================================
     ``bn``             the images of a rank, or each ``images_per_group`` consecutive ones over all ranks
     ``sync_bn``        all images of all ranks
-    ``ghost_bn``       each ``ghost_size`` consecutive ones of a rank
+    ``ghost_bn``       about ``ghost_size`` consecutive ones of a rank, as in GhostBN
     ``shuffle_bn``     random groups over all ranks: statistics are exchanged, images stay (ShuffleBN)
     ``shuffle_images`` the same groups: images move to random ranks and their features back (MoCo)
     ``loader_shuffle`` the same groups: images are loaded where they meet, only features go home
@@ -71,36 +70,30 @@ class Mitigation:
         """The norm of :data:`leakfree.norms.NORMS` that the network has."""
         return {"gn": "GN", "frozen_bn": "FrozenBN"}.get(self.name, "BN")
 
-    def num_groups(self, total: int, world_size: int) -> int:
-        """Groups of a batch of ``total`` images over all ranks."""
-        if self.name == "sync_bn":
-            return 1
-        if self.name == "ghost_bn":
-            return world_size * max(1, total // world_size // self.ghost_size)
-        if not self.shares:
-            return total
-        return max(1, round(total / self.images_per_group)) if self.images_per_group else world_size
-
     def draw(self, sizes: list[int], index: int) -> GroupDraw:
         """The random groups of a batch, of which rank r holds ``sizes[r]`` images."""
-        return GroupDraw(sizes, get_rank(), self.num_groups(sum(sizes), len(sizes)), self.seed, index)
+        groups = max(1, round(sum(sizes) / self.images_per_group)) if self.images_per_group else len(sizes)
+        return GroupDraw(sizes, get_rank(), groups, self.seed, index)
 
-    def encode(self, encoder: Callable[[Tensor], Tensor], images: Tensor, index: int, *, moved: bool = False) -> Tensor:
+    def encode(
+        self, encoder: Callable[[Tensor], Tensor], images: Tensor, index: int, num_images: int | None = None
+    ) -> Tensor:
         """Run ``encoder`` so that the images of each group, and no others, share statistics.
 
         Args:
             encoder: images (N, 3, H, W) -> features (N, D), with leakfree's batch norms inside.
-            images: of this rank. All ranks call it; numbers may differ.
+            images: of this rank; under ``loader_shuffle`` those that meet here. All ranks call it; numbers may differ.
             index: of the draw, the same on every rank: the step.
-            moved: ``loader_shuffle``: the images are those that meet here, not this rank's.
+            num_images: of this rank; by default as many as there are ``images``. Under ``loader_shuffle`` another
+                number may meet here.
 
         Returns:
-            (N, D), row i of image i of this rank. Differentiable.
+            (num_images, D), row i of image i of this rank. Differentiable.
         """
         if not self.shuffles:
             with normalization_scope(self._partition(len(images))) if self.shares else nullcontext():
                 return encoder(images)
-        draw = self.draw(_sizes(len(images)), index)
+        draw = self.draw(_sizes(len(images) if num_images is None else num_images), index)
         if self.name == "shuffle_bn" and draw.world_size > 1:
             groups = torch.from_numpy(draw.groups)
             with normalization_scope(Partition(groups, draw.num_groups, across_ranks=True)):
@@ -108,7 +101,7 @@ class Mitigation:
         # In one process images move in memory: that costs less than scattered groups in every layer.
         channels_last = images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last)
         ticket = make_ticket(draw, images.device, None, channels_last=channels_last, differentiable=False)
-        if not moved:
+        if self.name != "loader_shuffle":
             images, ticket = shuffle_nest(images, ticket)
         with normalization_scope(_chunks(ticket)):
             return unshuffle_nest(encoder(images), ticket, gradient=torch.is_grad_enabled())
@@ -134,8 +127,7 @@ class Mitigation:
         if self.name == "sync_bn":
             return Partition(across_ranks=True)
         if self.name == "ghost_bn":
-            count = max(1, num_images // self.ghost_size)  # as GhostBatchNorm counts
-            return Partition.consecutive([len(part) for part in np.array_split(np.arange(num_images), count)])
+            return Partition.chunks_of(self.ghost_size, num_images)
         return image_partition([1] * num_images, self.images_per_group) if self.images_per_group else None
 
     def describe(self, total: int, per_rank: int) -> str:

@@ -10,11 +10,11 @@ from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
 from torch import nn
 
 from leakfree.config.schema import ContrastiveRunConfig
-from leakfree.contrastive.backbones import build_backbone
+from leakfree.contrastive.backbones import build_backbone, convert_batch_norms
 from leakfree.contrastive.methods import ContrastiveMethod, Encoder, MoCo, SimCLR
 from leakfree.contrastive.mitigation import Mitigation
 from leakfree.errors import ConfigError
-from leakfree.norms import PartitionedBatchNorm, convert_norms
+from leakfree.norms import PartitionedBatchNorm
 from leakfree.shuffle.plan import mix_seed
 from leakfree.state import freeze_parts
 
@@ -24,14 +24,36 @@ LOG = logging.getLogger("leakfree.contrastive")
 
 
 def mitigations(config: ContrastiveRunConfig) -> tuple[Mitigation, Mitigation]:
-    """Who shares statistics in the forwards of queries and keys."""
+    """Who shares statistics in the forwards of queries and keys.
+
+    Raises:
+        ConfigError: words that cannot be had together, or ``ghost_bn`` without its ``group_size``.
+    """
     settings = config.model
-    ghost_size = int(settings.norm_options.get("group_size", 0))
-
-    def mitigation(name: str, salt: int) -> Mitigation:
-        return Mitigation(name, settings.images_per_group, ghost_size, mix_seed(config.seed, salt))
-
-    return mitigation(settings.query, 0), mitigation(settings.query if settings.key == "same" else settings.key, 1)
+    ghost_size = settings.norm_options.get("group_size", 0)
+    names = settings.query, settings.query if settings.key == "same" else settings.key
+    if "ghost_bn" in names and (type(ghost_size) is not int or ghost_size < 1):
+        raise ConfigError(
+            "model.norm_options.group_size: ghost_bn needs the number of images that share statistics, 1 or more, got "
+            f"{ghost_size!r}"
+        )
+    query, key = (
+        Mitigation(name, settings.images_per_group, ghost_size, mix_seed(config.seed, salt))
+        for salt, name in enumerate(names)  # two shuffles of one seed would deal both into the same groups
+    )
+    if query.norm != key.norm:
+        raise ConfigError(
+            f"model.key: {key.name} needs {key.norm} layers, and model.query={query.name} gives both encoders "
+            f"{query.norm}; use same, or another model.query"
+        )
+    if key.name == "eman" and settings.method == "simclr":
+        raise ConfigError("model.key: eman is of MoCo's momentum encoder, and simclr has none; use a shuffle, or gn")
+    if key.name == "eman" and settings.teacher_statistics == "own":
+        raise ConfigError(
+            "model.teacher_statistics: own with model.key=eman, whose key encoder takes no statistics of batches; use "
+            "auto, ema or copy"
+        )
+    return query, key
 
 
 def build_contrastive(config: ContrastiveRunConfig) -> ContrastiveMethod:
@@ -51,8 +73,7 @@ def build_contrastive(config: ContrastiveRunConfig) -> ContrastiveMethod:
     options = {name: value for name, value in settings.norm_options.items() if name != "group_size"}
     backbone, width = build_backbone(settings.backbone, query.norm, options, stem=settings.stem)
     head = _head(config, width)
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in head.modules()):
-        convert_norms(head, query.norm, **options)
+    convert_batch_norms(head, query.norm, options)
     encoder = Encoder(backbone, head)
     if settings.method == "simclr":
         model: ContrastiveMethod = SimCLR(encoder, query, key, settings.temperature)

@@ -19,6 +19,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from leakfree.config.schema import ContrastiveDataConfig
+from leakfree.errors import DataError
 from leakfree.keeping import random_states_kept
 
 __all__ = ["DigitViews", "PhotoViews", "ViewMaker", "build_views"]
@@ -71,14 +72,14 @@ class DigitViews(_Standardized):
     With ``style`` above 0 an illumination takes the place of contrast and brightness:
     ``style * sum_d a_d F_d``, F = 1, cos(pi x), cos(pi y) with x, y in [0, 1]. a of a view is
     ``(A + style_noise * e) / sqrt(1 + style_noise^2)``, where A ~ N(0, 1) belongs to the image and e ~ N(0, 1) to the
-    view. It survives the views and tells nothing of the class, as colours of photographs do. All images of a batch
-    have the same size.
+    view. It survives the views and tells nothing of the class, as colours of photographs do. All images must have one
+    size.
     """
 
     NUM_STYLES = 3
 
     def plain(self, images: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
-        pixels = self._warped(torch.stack(list(images)), torch.zeros(len(images), 7))
+        pixels = self._warped(self._stacked(images, indices), torch.zeros(len(images), 7))
         if self.settings.style:
             pixels = pixels + self._illumination(self._styles(indices))
         return self.standardized(pixels)
@@ -93,7 +94,7 @@ class DigitViews(_Standardized):
             generator.random(dtype=np.float32, out=uniform[row])
             generator.standard_normal(dtype=np.float32, out=normal[row])
         u, noise = torch.from_numpy(2 * uniform - 1) * s, torch.from_numpy(normal)
-        pixels = self._warped(torch.stack(list(images)), u[:, :7])
+        pixels = self._warped(self._stacked(images, indices), u[:, :7])
         if self.settings.style:
             share = self.settings.style_noise
             styles = (self._styles(indices) + share * noise[:, : self.NUM_STYLES]) / (1 + share**2) ** 0.5
@@ -102,6 +103,16 @@ class DigitViews(_Standardized):
             pixels = pixels * torch.exp(0.5 * u[:, 7, None, None, None]) + 0.25 * u[:, 8, None, None, None]
         pixels = pixels + 0.15 * s * noise[:, None, self.NUM_STYLES :].view(count, 1, size, size)
         return self.standardized(self._with_holes(pixels, torch.from_numpy(uniform[:, 9:])))
+
+    @staticmethod
+    def _stacked(images: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+        for image, index in zip(images, indices, strict=True):
+            if image.shape != images[0].shape:
+                raise DataError(
+                    f"views of digits (data.views.name) need images of one size, and image {indices[0]} is "
+                    f"{tuple(images[0].shape[1:])}, image {index} {tuple(image.shape[1:])}; use simclr or moco_v2"
+                )
+        return torch.stack(list(images))
 
     def _warped(self, images: Tensor, u: Tensor) -> Tensor:
         """Affine maps of whole images; ``u`` (N, 7) in units of the half-widths."""

@@ -11,7 +11,6 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -328,9 +327,7 @@ class GhostBatchNorm(PartitionedBatchNorm):
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
     def partition(self, x: Tensor) -> Partition:
-        num_groups = max(1, len(x) // self.group_size)
-        starts = [-(-group * len(x) // num_groups) for group in range(num_groups + 1)]
-        return Partition.consecutive([stop - start for start, stop in pairwise(starts)])
+        return Partition.chunks_of(self.group_size, len(x))
 
 
 class ShuffleBatchNorm(PartitionedBatchNorm):

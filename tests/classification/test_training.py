@@ -121,7 +121,7 @@ def task_after(make_config, *settings, monkeypatch):
             super().__init__(*args)
             tasks.append(self)
 
-    monkeypatch.setitem(work._TASKS, "classification", Kept)
+    monkeypatch.setattr(work, "ClassificationTask", Kept)
     train(make_config("run", *settings, "leakage.enabled=false", "evaluation.statistics=[population]"))
     return tasks[0]
 

@@ -315,7 +315,7 @@ def _statistics_seen(rank, world_size, config_file, overrides):
             return super().evaluate(track)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(work._TASKS, "detection", Looking)
+        patch.setattr(work, "DetectionTask", Looking)
         launched(rank, world_size, "train", config_file, overrides, False)
     return seen
 
