@@ -24,35 +24,14 @@ LOG = logging.getLogger("leakfree.contrastive")
 
 
 def mitigations(config: ContrastiveRunConfig) -> tuple[Mitigation, Mitigation]:
-    """Who shares statistics in the forwards of queries and keys.
-
-    Raises:
-        ConfigError: words that cannot be had together, or ``ghost_bn`` without its ``group_size``.
-    """
+    """Who shares statistics in the forwards of queries and keys."""
     settings = config.model
     ghost_size = settings.norm_options.get("group_size", 0)
     names = settings.query, settings.query if settings.key == "same" else settings.key
-    if "ghost_bn" in names and (type(ghost_size) is not int or ghost_size < 1):
-        raise ConfigError(
-            "model.norm_options.group_size: ghost_bn needs the number of images that share statistics, 1 or more, got "
-            f"{ghost_size!r}"
-        )
     query, key = (
         Mitigation(name, settings.images_per_group, ghost_size, mix_seed(config.seed, salt))
         for salt, name in enumerate(names)  # two shuffles of one seed would deal both into the same groups
     )
-    if query.norm != key.norm:
-        raise ConfigError(
-            f"model.key: {key.name} needs {key.norm} layers, and model.query={query.name} gives both encoders "
-            f"{query.norm}; use same, or another model.query"
-        )
-    if key.name == "eman" and settings.method == "simclr":
-        raise ConfigError("model.key: eman is of MoCo's momentum encoder, and simclr has none; use a shuffle, or gn")
-    if key.name == "eman" and settings.teacher_statistics == "own":
-        raise ConfigError(
-            "model.teacher_statistics: own with model.key=eman, whose key encoder takes no statistics of batches; use "
-            "auto, ema or copy"
-        )
     return query, key
 
 

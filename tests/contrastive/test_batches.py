@@ -69,7 +69,7 @@ def test_streams_have_other_images_and_views(config_file: Path) -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_load_what_one_process_does(config_file: Path, key: str, world_size: int) -> None:
     """25 images, which ranks cannot share evenly, in 4 groups, which 3 ranks cannot."""
-    sizes = ["trainer.total_batch_size=25", "model.images_per_group=6"]
+    sizes = ["trainer.total_batch_size=25", "model.images_per_group=5"]
     settings = [f"model.key={key}", *sizes]
     whole = batches(0, 1, config_file, ["model.key=same", *sizes])
     ranks = run_ranks(batches, world_size, config_file, settings)

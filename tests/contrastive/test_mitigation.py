@@ -1,11 +1,14 @@
 """Who shares statistics under each word: features are those of each group encoded by itself, on any ranks."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from leakfree.contrastive import Mitigation, build_contrastive, describe_batch
+from leakfree.contrastive import Encoder, Mitigation, MoCo, SimCLR, build_contrastive, describe_batch
 from leakfree.contrastive.mitigation import SHUFFLES
 from leakfree.errors import ConfigError
 from leakfree.norms import convert_norms
@@ -137,7 +140,7 @@ def test_images_alone_are_in_cells_of_their_own(word: str) -> None:
         (["model.key=shuffle_bn", "model.images_per_group=0"], "12 images", "12 images, drawn at random from 24"),
         (["model.key=eman"], "4 images", "each image alone"),
         (["model.query=gn", "model.norm_options.num_groups=8"], "each image alone", "each image alone"),
-        (["model.query=frozen_bn"], "each image alone", "each image alone"),
+        (["model.query=frozen_bn", "model.weights=other.pt"], "each image alone", "each image alone"),
     ],
 )
 def test_words_of_a_config_say_what_is_normalized_together(
@@ -153,14 +156,6 @@ MLP = ["model.method=simclr", "model.head=mlp"]  # the only batch norms that a V
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.key=gn"], r"model\.key: gn needs GN layers, and model\.query=bn gives both encoders BN"),
-        (["model.query=gn", "model.key=bn"], r"model\.key: bn needs BN layers, and model\.query=gn"),
-        (["model.query=frozen_bn", "model.key=shuffle_bn"], r"model\.key: shuffle_bn needs BN layers"),
-        (["model.query=gn", "model.key=eman"], r"model\.key: eman needs BN layers"),
-        (["model.key=ghost_bn"], r"model\.norm_options\.group_size: ghost_bn needs .*, got 0"),
-        (["model.query=ghost_bn", "model.norm_options.group_size=2.5"], r"model\.norm_options\.group_size: .*got 2\.5"),
-        (["model.method=simclr", "model.key=eman"], r"model\.key: eman is of MoCo's momentum encoder"),
-        (["model.key=eman", "model.teacher_statistics=own"], r"model\.teacher_statistics: own with model\.key=eman"),
         (["model.norm_options.momentun=1"], r"model\.norm_options: .*no option 'momentun'"),
         (
             ["model.backbone=vit_b_16", *MLP, "model.norm_options.x=1"],
@@ -170,6 +165,22 @@ MLP = ["model.method=simclr", "model.head=mlp"]  # the only batch norms that a V
         (["model.freeze=[query.backbone]"], r"model\.freeze: freezing random weights"),
     ],
 )
-def test_words_that_do_not_go_together(make_config: MakeConfig, overrides: list[str], words: str) -> None:
+def test_what_the_network_cannot_have_is_told(make_config: MakeConfig, overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build_contrastive(make_config("run", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "make", "words"),
+    [
+        ("bn", "gn", SimCLR, "bn and gn are different networks"),
+        ("frozen_bn", "shuffle_bn", SimCLR, "frozen_bn and shuffle_bn are different networks"),
+        ("bn", "eman", SimCLR, "eman is of the momentum encoder"),
+        ("eman", "bn", SimCLR, "eman is of the momentum encoder"),
+        ("bn", "eman", partial(MoCo, feature_dim=4, queue_size=8), "eman never sees a batch"),
+    ],
+)
+def test_methods_refuse_words_that_do_not_go_together(query: str, key: str, make: Any, words: str) -> None:
+    encoder = Encoder(nn.Flatten(), nn.Linear(12, 4))
+    with pytest.raises(ValueError, match=words):
+        make(encoder, Mitigation(query), Mitigation(key), 0.1)

@@ -32,7 +32,7 @@ def test_a_run_leaves_curves_and_numbers_in_its_folder(make_config: MakeConfig, 
     assert record.batch == {"total": 24, "per_rank": 24, "normalization": {"query": "4 images", "key": "4 images"}}
     assert list(record.results) == ["population", "precise"]
     for numbers in record.results.values():
-        assert set(numbers) == {"knn", "linear"}
+        assert set(numbers) == {"knn", "knn_few", "linear"}
         assert all(0 < value < 1 for value in numbers.values() if value is not None)
     assert record.results["population"] != record.results["precise"]
     assert set(record.leakage) == {"pretext", "influence"}
