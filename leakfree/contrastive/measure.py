@@ -112,8 +112,10 @@ def estimate_statistics(
     The batches are composed as in training, but are not those that training saw. Every rank calls it.
 
     Args:
-        layers: "all", or "query": the query encoder only.
+        layers: "all", or "query": the query encoder only. A key encoder that takes its statistics from the query's
+            is left alone: it follows them.
     """
+    with_keys = layers == "all" and model.key_has_own_statistics
     steps = math.ceil(config.evaluation.precise_images / config.trainer.total_batch_size)
     views = training_views(config, images, model.key_mitigation, max_steps=steps, stream=1)
 
@@ -122,11 +124,11 @@ def estimate_statistics(
         with as_in_training(part):
             index = 2**40 + batch.step
             model.encode_queries(_on(model, batch.query), index)
-            if layers == "all" and part is model:
+            if with_keys:
                 model.encode_keys(_on(model, batch.key), index, len(batch.query))
 
     with random_numbers_kept(model, config.seed):
-        precise_bn(model if layers == "all" else model.query, views, forward=forward, progress=False)
+        precise_bn(model if with_keys else model.query, views, forward=forward, progress=False)
 
 
 def _on(model: nn.Module, images: Tensor) -> Tensor:
@@ -257,9 +259,7 @@ def pretext_swap(
     random = np.random.default_rng([7, config.leakage.seed])
     order = random.permutation(len(images))[: count * total].reshape(count, total)
     batches = [[Row(int(index), int(index)) for index in batch] for batch in order]
-    place = np.arange(count * total).reshape(count, total)  # of a row in the batches laid end to end
-    dealt = [place[(b - np.arange(total)) % count, np.arange(total)] for b in range(count)]
-    dealt = [random.permutation(rows) for rows in dealt]
+    dealt = _dealt(count, total, random)
     flat = [row for batch in batches for row in batch]
     others = [[flat[position] for position in rows] for rows in dealt]
     with modes_kept(model), buffers_kept(model), random_numbers_kept(model, config.leakage.seed):
@@ -267,7 +267,7 @@ def pretext_swap(
         queries, keys, cells = _encoded(model, config, images, batches, track, "pretext")
         _, swapped, _ = _encoded(model, config, images, others, track, "pretext among other mates", queries=False)
     home = torch.empty_like(keys)
-    home[torch.from_numpy(np.concatenate(dealt)).to(home.device)] = swapped
+    home[torch.from_numpy(dealt.ravel()).to(home.device)] = swapped
     hits, moved_hits, losses = [], [], []
     for b in range(count):
         rows = slice(b * total, (b + 1) * total)
@@ -288,6 +288,13 @@ def pretext_swap(
         float((home - keys).norm(dim=1).double().mean()),
         **found,
     )
+
+
+def _dealt(count: int, total: int, random: np.random.Generator) -> np.ndarray:
+    """(M, B) which rows, of all batches laid end to end, meet in each new batch."""
+    place = np.arange(count * total).reshape(count, total)
+    rows = np.arange(total)
+    return np.stack([random.permutation(place[(batch - rows) % count, rows]) for batch in range(count)])
 
 
 def _encoded(

@@ -65,6 +65,11 @@ class ContrastiveMethod(nn.Module):
         self.query_mitigation, self.key_mitigation = query, key
         self.temperature = temperature
 
+    @property
+    def key_has_own_statistics(self) -> bool:
+        """Whether the running statistics behind the keys are averages of the batches that they were encoded in."""
+        return True
+
     def encode_queries(self, images: Tensor, index: int) -> Tensor:
         """(N, D) of length 1, in the mode the module is in; ``index``: of the draw, where there is a shuffle."""
         return self.query_mitigation.encode(self.query, images, index)
@@ -158,12 +163,16 @@ class MoCo(ContrastiveMethod):
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, feature_dim), dim=1))
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
         self._waiting: Tensor | None = None  # keys of this step
-        self._shared = SharedStatistics(encoder) if teacher_statistics != "own" else None
+        self._shared = None if self.key_has_own_statistics else SharedStatistics(encoder)
         self.train()  # the key encoder's mode is not always this module's
+
+    @property
+    def key_has_own_statistics(self) -> bool:
+        return self.teacher_statistics == "own"
 
     def train(self, mode: bool = True) -> MoCo:
         super().train(mode)
-        if self.teacher_statistics != "own":
+        if not self.key_has_own_statistics:
             self.key.eval()  # it never writes its statistics
         return self
 
@@ -198,7 +207,7 @@ class MoCo(ContrastiveMethod):
         """Move the key encoder's weights, and its statistics as ``teacher_statistics`` says, towards the query's."""
         mine, theirs = _pairs(self.key.parameters(), self.query.parameters())
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
-        if self.teacher_statistics == "own":
+        if self.key_has_own_statistics:
             return
         mine, theirs = _pairs(self.key.buffers(), self.query.buffers())
         averaged = [item.is_floating_point() and self.teacher_statistics == "ema" for item in mine]

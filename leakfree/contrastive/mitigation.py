@@ -33,15 +33,17 @@ class Mitigation:
     ``bn``             the images of a rank, or each ``images_per_group`` consecutive ones over all ranks
     ``sync_bn``        all images of all ranks
     ``ghost_bn``       about ``ghost_size`` consecutive ones of a rank, as in GhostBN
-    ``shuffle_bn``     random groups over all ranks: statistics are exchanged, images stay (ShuffleBN)
-    ``shuffle_images`` the same groups: images move to random ranks and their features back (MoCo)
+    ``shuffle_bn``     random groups over all ranks (ShuffleBN)
+    ``shuffle_images`` the same, by the name of what moves (MoCo)
     ``loader_shuffle`` the same groups: images are loaded where they meet, only features go home
     ``gn, frozen_bn``  each image alone
     ``eman``           each alone: the key encoder in eval mode (EMAN)
     ================== =====================================================================================
 
-    The three shuffles of one ``seed`` and ``index`` draw the same groups, in one process and on many ranks, so they
-    compute the same features.
+    The shuffles of one ``seed`` and ``index`` draw the same groups, in one process and on many ranks, so they compute
+    the same features. Images move, each once, and not statistics as in :class:`leakfree.norms.ShuffleBatchNorm`: an
+    image is smaller than what the layers make of it, and one exchange takes less time than one in every layer. (In RoI
+    heads it is the other way round.)
 
     Args:
         name: one of the above.
@@ -94,11 +96,6 @@ class Mitigation:
             with normalization_scope(self._partition(len(images))) if self.shares else nullcontext():
                 return encoder(images)
         draw = self.draw(_sizes(len(images) if num_images is None else num_images), index)
-        if self.name == "shuffle_bn" and draw.world_size > 1:
-            groups = torch.from_numpy(draw.groups)
-            with normalization_scope(Partition(groups, draw.num_groups, across_ranks=True)):
-                return encoder(images)
-        # In one process images move in memory: that costs less than scattered groups in every layer.
         channels_last = images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last)
         ticket = make_ticket(draw, images.device, None, channels_last=channels_last, differentiable=False)
         if self.name != "loader_shuffle":
