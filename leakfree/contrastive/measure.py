@@ -7,8 +7,11 @@ Weights and images are the same for every kind of statistics. Nothing here chang
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,11 +89,13 @@ def validate(
     *,
     track: Track = lambda batches, what: batches,
 ) -> dict[str, float | None]:
-    """One point of the pretext-gap curves: kNN of ``evaluation.online_images`` images of each split under the stored
-    statistics, and the pretext accuracy of held-out images with and without their batch-mates."""
+    """One point of the pretext-gap curves: kNN and a linear probe in closed form of ``evaluation.online_images`` images
+    of each split under the stored statistics, and the pretext accuracy of held-out images with and without their
+    batch-mates."""
     online = config.evaluation.online_images
     bank, queries = (_features(model, config, images[part], online, track) for part in ("train", "val"))
-    row: dict[str, float | None] = {"knn": _knn(config, bank, queries)}
+    probe = linear_probe(*_own_rows(bank), *_own_rows(queries), closed_form=True)
+    row: dict[str, float | None] = {"knn": _knn(config, bank, queries), "linear": probe.accuracy}
     if config.leakage.enabled:
         count = 3 * config.trainer.total_batch_size
         try:
@@ -143,8 +148,31 @@ def _on(model: nn.Module, images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- features
 
 
+_IN_MEMORY = 2**30  # bytes: larger features lie in a file of the output folder, for as long as they are judged
+
+
+@contextmanager
+def _room(model: ContrastiveMethod, config: ContrastiveRunConfig, num_images: int) -> Iterator[Path | None]:
+    """Where features of so many images are kept: in memory, or in this folder."""
+    width = next(layer.in_features for layer in model.query.head.modules() if isinstance(layer, nn.Linear))
+    if num_images * width * 4 <= _IN_MEMORY:
+        yield None
+        return
+    folder = Path(config.output_dir) / "features"
+    try:
+        yield folder
+    finally:
+        if get_rank() == 0:  # others may have it mapped: it goes when they let go
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _features(
-    model: ContrastiveMethod, config: ContrastiveRunConfig, images: LabelledImages, most: int, track: Track
+    model: ContrastiveMethod,
+    config: ContrastiveRunConfig,
+    images: LabelledImages,
+    most: int,
+    track: Track,
+    folder: Path | None = None,
 ) -> Features:
     count = min(most or len(images), len(images))
     chosen = (np.arange(count) * len(images) // count).tolist()  # a folder is sorted by class
@@ -155,14 +183,27 @@ def _features(
 
     with modes_kept(model):
         model.eval()
-        return extract_features(backbone, batches)
+        return extract_features(backbone, batches, folder=folder)
+
+
+def _own_rows(features: Features) -> tuple[Tensor, Tensor]:
+    """This rank's rows: every rank has all, and the probe wants each once."""
+    mine = slice(get_rank(), None, get_world_size())
+    return features.x[mine], features.y[mine]
 
 
 def _knn(config: ContrastiveRunConfig, bank: Features, queries: Features) -> float:
     settings = config.evaluation
     k = min(settings.knn_k, len(bank))
     return knn_accuracy(
-        bank.x, bank.y, queries.x, queries.y, k=k, temperature=settings.knn_temperature, backend=settings.backend
+        bank.x,
+        bank.y,
+        queries.x,
+        queries.y,
+        k=k,
+        temperature=settings.knn_temperature,
+        backend=settings.backend,
+        over_ranks=True,
     )
 
 
@@ -170,15 +211,13 @@ def _judged(
     model: ContrastiveMethod, config: ContrastiveRunConfig, images: Images, track: Track, mode: str
 ) -> dict[str, float | None]:
     most = config.evaluation.max_images
-    bank, queries = (_features(model, config, images[part], most, track) for part in ("train", "val"))
-    # every rank has all features: the probe wants each row once
-    mine = slice(None) if get_world_size() == 1 else slice(get_rank(), None, get_world_size())
-    probe = linear_probe(bank.x[mine], bank.y[mine], queries.x[mine], queries.y[mine])
-    return {
-        "knn": _knn(config, bank, queries),
-        "knn_few": _few_label_knn(config, bank, queries),
-        "linear": probe.accuracy,
-    }
+    with _room(model, config, min(most or len(images["train"]), len(images["train"]))) as folder:
+        bank, queries = (_features(model, config, images[part], most, track, folder) for part in ("train", "val"))
+        return {
+            "knn": _knn(config, bank, queries),
+            "knn_few": _few_label_knn(config, bank, queries),
+            "linear": linear_probe(*_own_rows(bank), *_own_rows(queries)).accuracy,
+        }
 
 
 def _few_label_knn(config: ContrastiveRunConfig, bank: Features, queries: Features) -> float | None:

@@ -108,6 +108,8 @@ def test_a_broken_rule_is_one_line_with_its_key(load, overrides, key, words):
         (["leakage.max_images=127"], "leakage.max_images", "two batches of trainer.total_batch_size=64"),
         (["optimizer.name=adamw", "optimizer.momentum=0.8"], "optimizer.momentum", "sgd and lars"),
         (["schedule.burn_in=0.5"], "schedule.burn_in", "norm CBN"),
+        (["data.train.noise=0.5"], "data.train.noise", "views are what distorts images"),
+        (["data.val.corruptions=[blur]"], "data.val.corruptions", "views are what distorts images"),
     ],
 )
 def test_a_setting_without_effect_is_one_warning(load, overrides, key, words, caplog):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from leakfree.contrastive import (
     build_contrastive,
     estimate_statistics,
     evaluate_contrastive,
+    measure,
     pretext_swap,
     validate,
 )
@@ -221,6 +223,27 @@ def test_validate_is_a_point_of_the_curves(make_config: MakeConfig) -> None:
     config = make_config("run")
     images = {part: build_images(config.data, part) for part in ("train", "val")}  # type: ignore[arg-type]
     row = validate(build_contrastive(config), config, images)
-    assert set(row) == {"knn", "pretext/same", "pretext/other"}
+    assert set(row) == {"knn", "linear", "pretext/same", "pretext/other"}
     off = make_config("run", "leakage.enabled=false")
-    assert set(validate(build_contrastive(off), off, images)) == {"knn"}
+    assert set(validate(build_contrastive(off), off, images)) == {"knn", "linear"}
+
+
+def test_large_features_lie_in_a_file_while_they_are_judged(make_config: MakeConfig, monkeypatch: Any) -> None:
+    config = make_config("run")
+    model = build_contrastive(config)
+    images = {split: build_images(config.data, split) for split in ("train", "val")}
+    plain = evaluate_contrastive(model, config, images)
+    seen = []
+    real = measure.extract_features
+
+    def watching(*args: Any, **options: Any) -> Any:
+        seen.append(options["folder"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(measure, "extract_features", watching)
+    monkeypatch.setattr(measure, "_IN_MEMORY", 1000)
+    mapped = evaluate_contrastive(model, config, images)
+    assert mapped.results == plain.results
+    folder = Path(config.output_dir) / "features"
+    assert set(seen) == {folder}
+    assert not folder.exists()

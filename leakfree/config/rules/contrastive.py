@@ -27,6 +27,9 @@ def without_effect(config: ContrastiveRunConfig) -> Problems:
     words = _words(config)
     yield from ramps_without_effect(config.schedule, [])
     yield from labelled.without_effect(config.data)
+    for split, images in (("train", config.data.train), ("val", config.data.val)):
+        for name in changed(images, "corruptions", "noise"):
+            yield f"data.{split}.{name}", "has no effect with task=contrastive: views are what distorts images"
     yield from _views_without_effect(config)
     if model.method == "simclr":
         for name in changed(model, "queue_size", "momentum", "momentum_end", "teacher_statistics"):
