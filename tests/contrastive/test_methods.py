@@ -268,6 +268,30 @@ def test_bf16_autocast_trains(method: str) -> None:
     assert float(found.loss.detach()) == pytest.approx(float(exact.detach()), rel=0.2)
 
 
+@pytest.mark.parametrize("word", ["bn", "sync_bn", "shuffle_bn", "shuffle_images"])
+@pytest.mark.parametrize("method", ["moco", "simclr"])
+def test_statistics_written_between_forward_and_backward_do_no_harm(method: str, word: str) -> None:
+    """What DDP's broadcast of buffers does on GPUs when a module runs again before the backward."""
+
+    def run(net: Encoder) -> list[Tensor]:
+        if method == "simclr":
+            model: ContrastiveMethod = SimCLR(net, Mitigation(word, 2), Mitigation(word, 2), 0.2)
+        else:
+            model = moco(word, word)
+            model.query = net
+        loss = model(views(6)).loss
+        for buffer in model.query.buffers():
+            buffer.add_(0)
+        loss.backward()
+        return [item.grad for item in model.query.parameters()]  # type: ignore[misc]
+
+    assert all(item.isfinite().all() for item in run(encoder()))
+    theirs = encoder()
+    theirs.backbone[1] = nn.BatchNorm2d(4).double()  # type: ignore[index]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run(theirs)
+
+
 def several_forwards(rank: int, world_size: int, word: str, broadcast: bool) -> list[float]:
     """Two forwards of the whole method before one backward, and DDP around the encoder alone."""
     if word.startswith("simclr"):
