@@ -196,10 +196,13 @@ class _AllGatherRows(torch.autograd.Function):
 def _gather_padded(x: Tensor, sizes: list[int], group: Group) -> Tensor:
     largest = max(sizes)
     rows = x.detach().contiguous()
+    if not rows.is_cuda:
+        rows = rows.to(_wire_device(group))
     if len(rows) < largest:
         rows = torch.cat([rows, rows.new_zeros(largest - len(rows), *rows.shape[1:])])
     everyone = rows.new_empty(len(sizes) * largest, *rows.shape[1:])
     dist.all_gather_into_tensor(everyone, rows, group=_resolve(group))
+    everyone = everyone.to(x.device)
     if min(sizes) == largest:
         return everyone
     return torch.cat([everyone[rank * largest : rank * largest + size] for rank, size in enumerate(sizes)])

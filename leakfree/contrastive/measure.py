@@ -223,7 +223,8 @@ def _judged(
 def _few_label_knn(config: ContrastiveRunConfig, bank: Features, queries: Features) -> float | None:
     """None where a class of the bank has fewer images than ``evaluation.few_labels``."""
     labels = config.evaluation.few_labels
-    if int(torch.bincount(bank.y).min()) < labels:
+    _, counts = bank.y.unique(return_counts=True)
+    if int(counts.min()) < labels:
         return None
     return few_label_knn_accuracy(
         bank.x,
@@ -231,8 +232,10 @@ def _few_label_knn(config: ContrastiveRunConfig, bank: Features, queries: Featur
         queries.x,
         queries.y,
         labels_per_class=labels,
+        k=min(5, labels * len(counts)),
         temperature=config.evaluation.knn_temperature,
         seed=config.leakage.seed,
+        backend=config.evaluation.backend,
     )
 
 

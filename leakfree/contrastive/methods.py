@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -85,6 +86,9 @@ class ContrastiveMethod(nn.Module):
 
     def after_step(self) -> None:
         """After the optimizer's step."""
+
+    def weights_loaded(self, parts: Sequence[str]) -> None:
+        """After weights were loaded into the submodules ``parts``, and none into the others."""
 
     def judge(self, queries: Tensor, keys: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and hit (1 where the own key is the most similar) of each query: both (N,).
@@ -216,6 +220,18 @@ class MoCo(ContrastiveMethod):
                 target.lerp_(source, 1 - momentum)
             else:
                 target.copy_(source)
+
+    @torch.no_grad()
+    def weights_loaded(self, parts: Sequence[str]) -> None:
+        """Start the key encoder as the query encoder (algorithm 1) in ``parts`` of that, where it was given none."""
+        queries, keys = self.query.state_dict(), self.key.state_dict()
+        for name, value in keys.items():
+            given, mine = (
+                any(f"{encoder}.{name}".startswith(f"{part}.") or f"{encoder}.{name}" == part for part in parts)
+                for encoder in ("query", "key")
+            )
+            if given and not mine:
+                value.copy_(queries[name])
 
     @torch.no_grad()
     def after_step(self) -> None:

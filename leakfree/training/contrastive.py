@@ -41,6 +41,7 @@ class ContrastiveTask:
         self.model: nn.Module = self.method
         if weights:
             load_weights(self.model, weights, parts)
+            self.method.weights_loaded(parts)
         self._accuracy: Tensor | None = None
 
     def num_train_images(self) -> int:

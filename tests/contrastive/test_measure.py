@@ -1,6 +1,7 @@
 """The pretext swap finds a planted leak and clears what has none; evaluations change nothing and agree over ranks."""
 
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from leakfree.contrastive import (
     pretext_swap,
     validate,
 )
-from leakfree.contrastive.measure import _dealt
+from leakfree.contrastive.measure import _dealt, _few_label_knn
 from leakfree.data import build_images
 from leakfree.errors import DataError
+from leakfree.evaluation import Features
 from leakfree.partition import current_scope
 from tests.contrastive.conftest import MakeConfig
 from tests.ranks import run_ranks
@@ -247,3 +249,12 @@ def test_large_features_lie_in_a_file_while_they_are_judged(make_config: MakeCon
     folder = Path(config.output_dir) / "features"
     assert set(seen) == {folder}
     assert not folder.exists()
+
+
+def test_few_labels_of_few_classes_and_without_faiss(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config("run", "evaluation.few_labels=2", "evaluation.backend=torch")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    bank = Features(x.repeat(3, 1), torch.tensor([0, 1]).repeat(3))
+    assert _few_label_knn(config, bank, Features(x, torch.tensor([0, 1]))) == 1  # 4 labels, 5 neighbours asked
+    assert _few_label_knn(config, Features(bank.x[:3], bank.y[:3]), bank) is None

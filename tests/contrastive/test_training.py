@@ -14,9 +14,11 @@ import torch
 
 from leakfree.cli import main
 from leakfree.config import load_config
+from leakfree.contrastive import build_contrastive
 from leakfree.errors import ConfigError
 from leakfree.records import read_metrics, read_record
 from leakfree.training import evaluate, train
+from leakfree.training.contrastive import ContrastiveTask
 from tests.contrastive.conftest import MakeConfig
 from tests.ranks import run_ranks
 from tests.runs import launched, same, stop_at, weights_of
@@ -241,3 +243,18 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
         assert first[0][0] == "finished", first
         assert first == on_two(config_file, tmp_path / "whole", *long)
     assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("parts", [["query"], ["query.backbone"], ["query.backbone", "key.head"]])
+def test_a_key_encoder_starts_as_the_query_encoder_where_only_that_is_loaded(
+    make_config: MakeConfig, tmp_path: Path, parts: list[str]
+) -> None:
+    torch.manual_seed(1)
+    torch.save(build_contrastive(make_config("source")).state_dict(), tmp_path / "source.pt")
+    source = torch.load(tmp_path / "source.pt", weights_only=True)
+    model = ContrastiveTask(make_config("other"), str(tmp_path / "source.pt"), parts).model
+    for name, value in model.state_dict().items():
+        if name.startswith("key."):
+            given = name.startswith("key.backbone.") or "query" in parts or "key.head" in parts
+            assert torch.equal(value, source[name]) == (given or torch.equal(value, torch.zeros_like(value))), name
+    assert not torch.equal(model.state_dict()["queue"], source["queue"])
