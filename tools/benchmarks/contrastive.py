@@ -81,7 +81,7 @@ class _AllGatherKeys(MoCo):
     shuffle: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     @torch.no_grad()
-    def encode_keys(self, images: Tensor, index: int) -> Tensor:
+    def encode_keys(self, images: Tensor, index: int, num_images: int | None = None) -> Tensor:
         shuffled, home = self.shuffle(images)
         keys = self.key(shuffled)
         everyone = peers.concat_all(keys)
@@ -126,7 +126,7 @@ def compare(settings: argparse.Namespace, section: str, shape: Shape) -> dict[st
     torch.manual_seed(get_rank())
     query, key = (torch.randn(shape).to(device).contiguous(memory_format=torch.channels_last) for _ in range(2))
     empty = torch.zeros(shape[0], dtype=torch.int64)
-    views = Views(query, key, empty, empty, torch.tensor(1))
+    views = Views(query, key, empty, empty, 1)
     names = [PLAIN, *([GROUPED] if ranks == 1 else []), *KEYS, *([MOCO, LIGHTLY] if ranks > 1 else [])]
     if section == "simclr":
         names = [name for name in names if name not in ("eman", MOCO, LIGHTLY)]
