@@ -241,14 +241,13 @@ def test_pressured_rounds_are_left_out_when_enough_are_quiet():
 
 @pytest.fixture(scope="module")
 def contrastive(tmp_path_factory):
-    arguments = ("--shape", "16,3,8,8", "--only", "moco", "--only", "simclr")
+    arguments = ("--shape", "16,3,8,8", "--only", "moco", "--ranks", "2")
     return _results("contrastive.py", tmp_path_factory.mktemp("contrastive"), *arguments)
 
 
 def test_contrastive_times_every_word_against_plain_batch_norms_and_mocos_gather(contrastive):
     rows = {(row["setting"]["ranks"], row["variant"]) for row in contrastive["timings"]}
     words = {"bn", "shuffle_bn", "shuffle_images", "loader_shuffle", "sync_bn", "eman"}
-    assert {name for ranks, name in rows if ranks == 1} == {*words, "bn, 4 groups"}
     assert {name for ranks, name in rows if ranks == 2} >= {*words, "MoCo all-gather (plain)"}
     assert all(row["time"]["median"] > 0 for row in contrastive["timings"])
 
@@ -260,7 +259,8 @@ def test_mocos_gather_computes_what_our_words_compute():
 
 def _keys_of_each(rank: int, world_size: int) -> tuple[list[float], list[float]]:
     """Per-image norms of keys do not tell; so compare keys under a norm that shares nothing: order must come home."""
-    from tools.benchmarks import contrastive as script
+    sys.path.insert(0, str(FOLDER))  # as when it is run
+    import contrastive as script
 
     torch.manual_seed(rank)
     images = torch.randn(8, 3, 8, 8)
