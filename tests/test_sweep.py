@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "configs" / "contrastive" / "digits"
 SHORT = [
@@ -57,3 +59,20 @@ def test_ctrl_c_stops_the_runs_and_a_mistake_starts_none(tmp_path):
     assert wrong.returncode == 2
     assert "model.kye" in errors
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["output_dir=elsewhere"], "--output"),
+        (["seed=3"], "--seeds"),
+        (["--seeds", "0"], "--seeds"),
+        ([str(DIGITS / ".." / "digits" / "moco_bn.yaml")], "one name"),
+    ],
+)
+def test_runs_that_would_meet_in_one_folder_are_refused(tmp_path, words, named):
+    sweep = _sweep(tmp_path / "c", str(DIGITS / "moco_bn.yaml"), *words)
+    _, errors = sweep.communicate(timeout=60)
+    assert sweep.returncode == 2
+    assert named in errors.splitlines()[-1]
+    assert not (tmp_path / "c").exists()

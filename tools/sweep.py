@@ -32,6 +32,8 @@ from leakfree.training.ranks import usable_cores
 
 __all__ = ["Run", "guarded", "work"]
 
+_INSTEAD = {"output_dir": "--output", "seed": "--seeds"}
+
 
 @dataclass
 class Run:
@@ -177,6 +179,14 @@ def main() -> int:
     console = Console(soft_wrap=True)
     overrides = [word for word in arguments.configs if "=" in word]
     files = [Path(word) for word in arguments.configs if "=" not in word]
+    for word in overrides:
+        if (key := word.partition("=")[0].strip()) in ("output_dir", "seed"):
+            parser.error(f"{word}: {key} is another one for each run; use {_INSTEAD[key]}")
+    if not files or arguments.seeds < 1:
+        parser.error("no run asked for: give config files, and --seeds of at least 1")
+    stems = [path.stem for path in files]
+    if twice := [str(path) for path in files if stems.count(path.stem) > 1]:
+        parser.error(f"runs are named by their config's file, and these have one name: {', '.join(twice)}")
 
     def sweep() -> None:
         runs = []

@@ -16,7 +16,7 @@ from leakfree.contrastive.mitigation import Mitigation
 from leakfree.errors import ConfigError
 from leakfree.norms import PartitionedBatchNorm
 from leakfree.shuffle.plan import mix_seed
-from leakfree.state import freeze_parts
+from leakfree.state import evaluating, freeze_parts
 
 __all__ = ["build_contrastive", "describe_batch", "mitigations"]
 
@@ -41,7 +41,8 @@ def build_contrastive(config: ContrastiveRunConfig) -> ContrastiveMethod:
     Checkpoints are not loaded here: see :func:`leakfree.state.load_weights`.
 
     Raises:
-        ConfigError: a backbone, option or submodule that does not exist, or freezing random weights.
+        ConfigError: a backbone, option or submodule that does not exist, freezing random weights, or images of a size
+            that the backbone does not take.
     """
     settings = config.model
     if settings.freeze and not settings.weights:
@@ -51,6 +52,7 @@ def build_contrastive(config: ContrastiveRunConfig) -> ContrastiveMethod:
     query, key = mitigations(config)
     options = {name: value for name, value in settings.norm_options.items() if name != "group_size"}
     backbone, width = build_backbone(settings.backbone, query.norm, options, stem=settings.stem)
+    _check_features(backbone, width, config)
     head = _head(config, width)
     convert_batch_norms(head, query.norm, options)
     encoder = Encoder(backbone, head)
@@ -78,6 +80,22 @@ def build_contrastive(config: ContrastiveRunConfig) -> ContrastiveMethod:
         model.to(memory_format=torch.channels_last)
     freeze_parts(model, settings.freeze)
     return model
+
+
+def _check_features(backbone: nn.Module, width: int, config: ContrastiveRunConfig) -> None:
+    """Some networks are built for one image size, others shrink small images to nothing."""
+    name, size = config.model.backbone, config.data.image_size
+    try:
+        with evaluating(backbone):
+            found = backbone(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:  # whatever the library says then
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"data.image_size: {name} (model.backbone) does not take images of {size} x {size} pixels: {reason}"
+        ) from error
+    if not isinstance(found, torch.Tensor) or found.flatten(1).shape != (1, width):
+        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ConfigError(f"model.backbone: {name} gives no {width} features of an image but {shape}; use another")
 
 
 def _head(config: ContrastiveRunConfig, width: int) -> nn.Module:

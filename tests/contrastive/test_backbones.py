@@ -8,9 +8,11 @@ import torch
 import torchvision
 from torch import nn
 
-from leakfree.contrastive import SmallBackbone, build_backbone
+from leakfree.contrastive import SmallBackbone, build_backbone, build_contrastive
+from leakfree.contrastive.model import _check_features
 from leakfree.errors import ConfigError
 from leakfree.norms import PartitionedBatchNorm
+from tests.contrastive.conftest import MakeConfig
 
 # model -> side of its images, and what of the library's own model is left out
 FAMILIES = {
@@ -120,3 +122,13 @@ def test_without_timm_its_absence_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     build_backbone("small", "BN", {})
     with pytest.raises(ConfigError, match=r"model\.backbone: timm/resnet18 needs the package timm: pip install timm"):
         build_backbone("timm/resnet18", "BN", {})
+
+
+@pytest.mark.parametrize(("name", "size"), [("timm/vit_tiny_patch16_224", 32), ("alexnet", 32)])
+def test_images_of_a_size_that_the_backbone_does_not_take_are_told_before_a_run(
+    make_config: MakeConfig, name: str, size: int
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^data.image_size: {name} .* 32 x 32"):
+        build_contrastive(make_config("run", f"model.backbone={name}", f"data.image_size={size}"))
+    with pytest.raises(ConfigError, match=r"gives no 7 features .* \(1, 64\)"):
+        _check_features(build_backbone("small", "BN", {})[0], 7, make_config())
