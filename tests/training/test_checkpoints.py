@@ -124,6 +124,6 @@ def test_a_file_of_another_kind_is_refused_without_advice_to_run_it(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("task: contrastive\n")
     for read in (read_checkpoint, lambda path: load_weights(torch.nn.Linear(1, 1), str(path))):
-        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint: .") as caught:
+        with pytest.raises(CheckpointError, match=r"cannot be read as a checkpoint: .") as caught:
             read(path)
         assert "weights_only" not in str(caught.value)
