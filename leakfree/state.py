@@ -140,9 +140,8 @@ def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(
-            f"model.weights: {path} cannot be read as a checkpoint: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0].partition(" In PyTorch")[0]  # torch goes on with how to run such a file
+        raise CheckpointError(f"model.weights: {path} cannot be read as a checkpoint: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -52,9 +52,9 @@ def build_contrastive(config: ContrastiveRunConfig) -> ContrastiveMethod:
     query, key = mitigations(config)
     options = {name: value for name, value in settings.norm_options.items() if name != "group_size"}
     backbone, width = build_backbone(settings.backbone, query.norm, options, stem=settings.stem)
-    _check_features(backbone, width, config)
     head = _head(config, width)
     convert_batch_norms(head, query.norm, options)
+    _check_features(backbone, width, config)
     encoder = Encoder(backbone, head)
     if settings.method == "simclr":
         model: ContrastiveMethod = SimCLR(encoder, query, key, settings.temperature)

@@ -51,7 +51,8 @@ def check_config(config: RunConfig, world_size: int | None = None) -> list[Findi
     """Judge every part of the model of ``config`` whose norms may share statistics.
 
     A norm that also remembers earlier batches (CBN, MBN, BatchRenorm) is judged as if it did not. Norms that were
-    registered elsewhere are not judged.
+    registered elsewhere are not judged. Nor is a network looked at: a backbone without batch norms, or a frozen one,
+    shares nothing whatever a word says (a training warns of the first).
 
     Args:
         world_size: number of ranks; by default those that ``config.trainer`` asks for.

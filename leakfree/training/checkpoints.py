@@ -121,7 +121,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].partition(" In PyTorch")[0]  # torch goes on with how to run such a file
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
     return content

@@ -21,7 +21,7 @@ from tests.contrastive.conftest import MakeConfig
 
 def checkpoint_of(make_config: MakeConfig, *overrides: str) -> tuple[dict[str, Any], nn.Module]:
     """What a training would have written, and its backbone in eval mode; statistics are not those of the start."""
-    config = make_config("run", *overrides)
+    config = make_config("run", "data.image_size=32", *overrides)
     torch.manual_seed(0)
     model = build_contrastive(config)
     for name, buffer in model.named_buffers():

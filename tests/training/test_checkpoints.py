@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from leakfree.errors import CheckpointError, RunError
+from leakfree.state import load_weights
 from leakfree.training.checkpoints import (
     FINAL,
     checkpoint_name,
@@ -117,3 +118,12 @@ def test_a_kill_at_any_moment_leaves_whole_files(tmp_path):
             weights = read_checkpoint(path)["weights"]
             assert (weights == weights[0]).all()
     assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_a_file_of_another_kind_is_refused_without_advice_to_run_it(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("task: contrastive\n")
+    for read in (read_checkpoint, lambda path: load_weights(torch.nn.Linear(1, 1), str(path))):
+        with pytest.raises(CheckpointError, match=r"cannot be read as a checkpoint: .") as caught:
+            read(path)
+        assert "weights_only" not in str(caught.value)
