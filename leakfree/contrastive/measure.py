@@ -6,6 +6,7 @@ Weights and images are the same for every kind of statistics. Nothing here chang
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,7 @@ __all__ = [
     "validate",
 ]
 
+LOG = logging.getLogger("leakfree.contrastive")
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # a progress bar: (batches, what) -> batches
 Images = dict[str, LabelledImages]
 _HELD_OUT = 2  # the stream of views that training never sees
@@ -62,11 +64,11 @@ def evaluate_contrastive(
     wanted = config.evaluation.statistics
     precise = has_running_statistics(model.query)
     if "population" in wanted or not precise:
-        found.results["population"] = _judged(model, config, images, track, "population")
+        found.results["population"] = _judged(model, config, images, track, "population", found.notes)
     if "precise" in wanted and precise:
         with buffers_kept(model):
             estimate_statistics(model, config, images["train"], layers="query")
-            found.results["precise"] = _judged(model, config, images, track, "precise")
+            found.results["precise"] = _judged(model, config, images, track, "precise", found.notes)
     elif "precise" in wanted:
         found.notes.append("precise: no statistics to re-estimate (none, or frozen), so it is population")
         found.results["precise"] = found.results["population"]
@@ -94,8 +96,13 @@ def validate(
     batch-mates."""
     online = config.evaluation.online_images
     bank, queries = (_features(model, config, images[part], online, track) for part in ("train", "val"))
-    probe = linear_probe(*_own_rows(bank), *_own_rows(queries), closed_form=True)
-    row: dict[str, float | None] = {"knn": _knn(config, bank, queries), "linear": probe.accuracy}
+    row: dict[str, float | None] = {"knn": None, "linear": None}
+    try:
+        row["knn"] = _knn(config, bank, queries)
+        row["linear"] = linear_probe(*_own_rows(bank), *_own_rows(queries), closed_form=True).accuracy
+    except DataError as error:  # collapsed, perhaps not for good: told, and the training goes on
+        if get_rank() == 0:
+            LOG.warning("features cannot be judged: %s", error)
     if config.leakage.enabled:
         count = 3 * config.trainer.total_batch_size
         try:
@@ -208,16 +215,21 @@ def _knn(config: ContrastiveRunConfig, bank: Features, queries: Features) -> flo
 
 
 def _judged(
-    model: ContrastiveMethod, config: ContrastiveRunConfig, images: Images, track: Track, mode: str
+    model: ContrastiveMethod, config: ContrastiveRunConfig, images: Images, track: Track, mode: str, notes: list[str]
 ) -> dict[str, float | None]:
+    """Empty, with the reason in ``notes``, where a feature is zero or not finite."""
     most = config.evaluation.max_images
     with _room(model, config, min(most or len(images["train"]), len(images["train"]))) as folder:
         bank, queries = (_features(model, config, images[part], most, track, folder) for part in ("train", "val"))
-        return {
-            "knn": _knn(config, bank, queries),
-            "knn_few": _few_label_knn(config, bank, queries),
-            "linear": linear_probe(*_own_rows(bank), *_own_rows(queries)).accuracy,
-        }
+        try:
+            return {
+                "knn": _knn(config, bank, queries),
+                "knn_few": _few_label_knn(config, bank, queries),
+                "linear": linear_probe(*_own_rows(bank), *_own_rows(queries)).accuracy,
+            }
+        except DataError as error:
+            notes.append(f"{mode}: n.a., {error}")
+            return {}
 
 
 def _few_label_knn(config: ContrastiveRunConfig, bank: Features, queries: Features) -> float | None:

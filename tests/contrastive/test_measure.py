@@ -258,3 +258,19 @@ def test_few_labels_of_few_classes_and_without_faiss(make_config: MakeConfig, mo
     bank = Features(x.repeat(3, 1), torch.tensor([0, 1]).repeat(3))
     assert _few_label_knn(config, bank, Features(x, torch.tensor([0, 1]))) == 1  # 4 labels, 5 neighbours asked
     assert _few_label_knn(config, Features(bank.x[:3], bank.y[:3]), bank) is None
+
+
+def test_features_that_are_zero_are_told_and_end_nothing(make_config: MakeConfig, caplog: Any) -> None:
+    config = make_config("run")
+    model = build_contrastive(config)
+    images = {split: build_images(config.data, split) for split in ("train", "val")}
+    with torch.no_grad():
+        for parameter in model.query.backbone.parameters():
+            parameter.zero_()  # every ReLU is dead
+    row = validate(model, config, images)
+    assert row["knn"] is None
+    assert row["linear"] is None
+    assert "zero" in caplog.text
+    found = evaluate_contrastive(model, config, images)
+    assert all(numbers == {} for numbers in found.results.values())
+    assert any("n.a." in note and "zero" in note for note in found.notes)

@@ -38,7 +38,7 @@ def test_a_leak_is_warned_of_and_noted(make_config, tmp_path):
     (finding,) = check_config(config)
     record = train(config)
     assert record.notes == [str(finding)]
-    assert record.notes[0].startswith("leak: model.query, model.key: all keys of a step share statistics")
+    assert record.notes[0].startswith("leak: model.query: all keys of a step share statistics")
     assert warned(tmp_path) == record.notes
     assert evaluate(config).notes == record.notes  # adds to the record of the training, and has nothing new to say
     assert warned(tmp_path) == record.notes
