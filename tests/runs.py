@@ -46,3 +46,17 @@ def launched(rank, world_size, work, config_file, overrides, resume):
     finally:
         for name in names:
             del os.environ[name]
+
+
+# A program that begins the run of a config, or goes on with it; exit code 130 after Ctrl-C.
+RESUMES = """
+import sys
+from leakfree.config import load_config
+from leakfree.training import train
+
+if __name__ == "__main__":
+    try:
+        train(load_config(sys.argv[1], sys.argv[2:]), resume=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""

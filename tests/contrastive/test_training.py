@@ -21,7 +21,7 @@ from leakfree.training import evaluate, train
 from leakfree.training.contrastive import ContrastiveTask
 from tests.contrastive.conftest import MakeConfig
 from tests.ranks import run_ranks
-from tests.runs import launched, same, stop_at, weights_of
+from tests.runs import RESUMES, launched, same, stop_at, weights_of
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [path for path in sorted((ROOT / "configs/contrastive").rglob("*.yaml")) if path.stem != "base"]
@@ -192,19 +192,6 @@ def test_evaluation_over_two_ranks_is_that_of_one_process(
     assert two["influence"] == pytest.approx(alone.leakage["influence"], rel=1e-3, abs=1e-4)
 
 
-SCRIPT = """
-import sys
-from leakfree.config import load_config
-from leakfree.training import train
-
-if __name__ == "__main__":
-    try:
-        train(load_config(sys.argv[1], sys.argv[2:]), resume=True)
-    except KeyboardInterrupt:
-        sys.exit(130)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGINT), (2, signal.SIGKILL)], ids=["ctrl-c", "kill -9"])
 def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
@@ -213,7 +200,7 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
     """Processes of their own that load with others; then the same command, here without loader processes."""
     long = ["model.key=shuffle_bn", "schedule.max_steps=40", "trainer.checkpoint_period=2", "trainer.log_period=50"]
     long += [*QUIET, f"trainer.num_processes={ranks}"]
-    (tmp_path / "again.py").write_text(SCRIPT)
+    (tmp_path / "again.py").write_text(RESUMES)
     command = [sys.executable, str(tmp_path / "again.py"), str(config_file), f"output_dir={tmp_path}/run", *long]
     told = tmp_path / "told.txt"  # a file: loader processes that outlive a killed rank would hold a pipe open
     with told.open("w") as file:

@@ -20,7 +20,7 @@ from leakfree.training import evaluate, train, work
 from leakfree.training.detection import DetectionTask
 from leakfree.training.module import seed_step
 from tests.ranks import run_ranks
-from tests.runs import launched, same, stop_at, weights_of
+from tests.runs import RESUMES, launched, same, stop_at, weights_of
 
 
 def train_on_two(config_file, folder, *overrides, resume=False):
@@ -332,24 +332,11 @@ def test_every_evaluation_is_of_the_pooled_statistics_that_the_checkpoint_holds(
         assert torch.equal(two, file)
 
 
-SCRIPT = """
-import sys
-from leakfree.config import load_config
-from leakfree.training import train
-
-if __name__ == "__main__":
-    try:
-        train(load_config(sys.argv[1], sys.argv[2:]), resume=True)
-    except KeyboardInterrupt:
-        sys.exit(130)
-"""
-
-
 @pytest.mark.slow
 def test_ctrl_c_then_kill_9_then_the_same_command_is_the_uninterrupted_run(config_file, tmp_path):
     """Two real ranks, stopped twice by signals while they train."""
     long = ["trainer.num_processes=2", "schedule.max_steps=100", "trainer.checkpoint_period=5", "data.num_workers=1"]
-    (tmp_path / "again.py").write_text(SCRIPT)
+    (tmp_path / "again.py").write_text(RESUMES)
     command = [sys.executable, str(tmp_path / "again.py"), str(config_file), f"output_dir={tmp_path / 'run'}", *long]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
     newest = 0
