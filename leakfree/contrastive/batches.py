@@ -106,9 +106,11 @@ def _loader(
 
 
 def _both(images: LabelledImages, views: ViewMaker, batch: PairedRows) -> Views:
+    seen = {row.image for row in (*batch.queries, *batch.keys)}
+    pixels = {image: images.read(image) for image in sorted(seen)}  # decoded once for both views
     queries, keys = (
         views.distorted(
-            [images.read(row.image) for row in rows],
+            [pixels[row.image] for row in rows],
             [row.image for row in rows],
             [(row.position, which) for row in rows],
         )
