@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Encoder(nn.Module):
         return F.normalize(self.head(self.backbone(images).flatten(1)), dim=1)
 
 
-class ContrastiveMethod(nn.Module):
+class ContrastiveMethod(nn.Module, ABC):
     """What SimCLR and MoCo have in common.
 
     Args:
@@ -75,14 +76,14 @@ class ContrastiveMethod(nn.Module):
         """(N, D) of length 1, in the mode the module is in; ``index``: of the draw, where there is a shuffle."""
         return self.query_mitigation.encode(self.query, images, index)
 
+    @abstractmethod
     def encode_keys(self, images: Tensor, index: int, num_images: int | None = None) -> Tensor:
         """As :meth:`encode_queries`; under ``loader_shuffle`` ``images`` are those that meet on this rank, and
         ``num_images`` is how many are its own (by default as many)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, views: Views) -> Contrast:
         """The loss of one training step."""
-        raise NotImplementedError
 
     def after_step(self) -> None:
         """After the optimizer's step."""
@@ -90,6 +91,7 @@ class ContrastiveMethod(nn.Module):
     def weights_loaded(self, parts: Sequence[str]) -> None:
         """After weights were loaded into the submodules ``parts``, and none into the others."""
 
+    @abstractmethod
     def judge(self, queries: Tensor, keys: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and hit (1 where the own key is the most similar) of each query: both (N,).
 
@@ -97,7 +99,6 @@ class ContrastiveMethod(nn.Module):
             queries: (N, D); keys: (N, D) their positives, perhaps encoded among others; batch: (N, D), the keys of the
                 whole batch as training would encode them.
         """
-        raise NotImplementedError
 
 
 class SimCLR(ContrastiveMethod):

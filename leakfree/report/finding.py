@@ -20,7 +20,7 @@ from leakfree.report.measures import (
     roi_accuracy,
 )
 from leakfree.report.runs import Spread, Variant, flatten
-from leakfree.report.sentences import Finding, against, best, name, over_seeds, percent, points, seeds, signed
+from leakfree.report.sentences import Finding, against, best, name, others, over_seeds, percent, points, seeds, signed
 from leakfree.report.tables import config_differences
 from leakfree.report.words import words_of
 
@@ -73,7 +73,12 @@ def find(variants: Sequence[Variant], baseline: Variant | None = None) -> Findin
         )
         return Finding(headline, [*best(judged, None), *against(judged, baseline), *seeds(judged)])
     first = leaky[0][0]
-    sentences = [*_detection(first), *_pairs(first), *_others(leaky[1:], gaps), *best(judged, first)]
+    sentences = [
+        *_detection(first),
+        *_pairs(first),
+        *others(leaky[1:], gaps, " with batch statistics"),
+        *best(judged, first),
+    ]
     return Finding(_headline(*leaky[0]), [*sentences, *against(judged, baseline), *seeds(judged)], is_leak=True)
 
 
@@ -158,21 +163,6 @@ def _pairs(variant: Variant) -> list[Markup]:
     if spread.mean > LEAK_THRESHOLD and spread.low > 0:
         text += f": at equal group size the companion's class alone is worth {points(spread.mean)}"
     return [text + "."]
-
-
-def _others(leaky: Sequence[tuple[Variant, Spread]], gaps: Sequence[tuple[Variant, Spread]]) -> list[Markup]:
-    """The weaker leaks, and the span of the gaps of everything else."""
-    sentences = []
-    if leaky:
-        names = Markup(", ").join(Markup("{} ({})").format(name(item), signed(spread)) for item, spread in leaky)
-        sentences.append(Markup("The gap is above {} in {} as well.").format(points(LEAK_THRESHOLD), names))
-    clean = [spread.mean for variant, spread in gaps if not is_visible_leak(variant)]
-    if clean:
-        low, high = format_value(min(clean), "points"), format_value(max(clean), "points")
-        which = f"the other {len(clean)}" if len(clean) > 1 else "the other one"
-        span = f"between {low} and {high}" if low != high else low
-        sentences.append(Markup("In {} with batch statistics this gap is {} points.").format(which, span))
-    return sentences
 
 
 def _machines_differ(variants: Sequence[Variant]) -> bool:

@@ -33,6 +33,7 @@ from leakfree.report.sentences import (
     difference_text,
     name,
     names,
+    others,
     over_seeds,
     percent,
     points,
@@ -77,7 +78,7 @@ def find(variants: Sequence[Variant], baseline: Variant | None = None) -> Findin
     first, spread = leaky[0]
     end = end if baseline is not first else seeds(judged)  # the sentence on features says it
     sentences = [*_loss(first), *_probes(first), *_features(judged, first)]
-    sentences += [*_others(leaky[1:], gaps), *_traces(gaps), *_blind(judged)]
+    sentences += [*others(leaky[1:], gaps, " that learned"), *_traces(gaps), *_blind(judged)]
     return Finding(_headline(first, spread), [*sentences, *end], is_leak=True)
 
 
@@ -118,21 +119,6 @@ def _probes(variant: Variant) -> list[Markup]:
     parts = [f"{format_value(spread.mean, 'share')} from {what}" for what, spread in known.items() if spread]
     text = "Whether two images shared statistics can be told with an AUC of {} (0.5 is silence)."
     return [Markup(text).format(" and ".join(parts))] if parts else []
-
-
-def _others(leaky: Sequence[tuple[Variant, Spread]], gaps: Sequence[tuple[Variant, Spread]]) -> list[Markup]:
-    """The weaker leaks, and the span of the gaps of everything else that learned."""
-    sentences = []
-    if leaky:
-        parts = Markup(", ").join(Markup("{} ({})").format(name(item), signed(spread)) for item, spread in leaky)
-        sentences.append(Markup("The gap is above {} in {} as well.").format(points(LEAK_THRESHOLD), parts))
-    clean = [spread.mean for variant, spread in gaps if not is_visible_leak(variant)]
-    if clean:
-        low, high = format_value(min(clean), "points"), format_value(max(clean), "points")
-        which = f"the other {len(clean)} that learned" if len(clean) > 1 else "the other one that learned"
-        span = f"between {low} and {high}" if low != high else low
-        sentences.append(Markup("In {} this gap is {} points.").format(which, span))
-    return sentences
 
 
 def _traces(gaps: Sequence[tuple[Variant, Spread]]) -> list[Markup]:

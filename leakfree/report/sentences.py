@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from leakfree.report.measures import (
+    LEAK_THRESHOLD,
     Measure,
     accuracy,
     ap,
@@ -18,13 +19,15 @@ from leakfree.report.measures import (
     features,
     format_range,
     format_value,
+    is_visible_leak,
     roi_accuracy,
 )
 from leakfree.report.runs import Spread, Variant
 from leakfree.report.tables import best_variants
 
 __all__ = [
-    "Finding", "against", "best", "difference_text", "name", "names", "over_seeds", "percent", "points", "seeds",
+    "Finding", "against", "best", "difference_text", "name", "names", "others",
+    "over_seeds", "percent", "points", "seeds",
     "signed",
 ]  # fmt: skip
 
@@ -91,6 +94,21 @@ def best(variants: Sequence[Variant], leaky: Variant | None) -> list[Markup]:
             else Markup("; the same number as {}").format(names(close))
         )
     return [text + "."]
+
+
+def others(leaky: Sequence[tuple[Variant, Spread]], gaps: Sequence[tuple[Variant, Spread]], which: str) -> list[Markup]:
+    """The weaker leaks, and the span of the gaps of everything else; ``which``: of these, as a clause."""
+    sentences = []
+    if leaky:
+        parts = Markup(", ").join(Markup("{} ({})").format(name(item), signed(spread)) for item, spread in leaky)
+        sentences.append(Markup("The gap is above {} in {} as well.").format(points(LEAK_THRESHOLD), parts))
+    clean = [spread.mean for variant, spread in gaps if not is_visible_leak(variant)]
+    if clean:
+        low, high = format_value(min(clean), "points"), format_value(max(clean), "points")
+        rest = f"the other {len(clean)}" if len(clean) > 1 else "the other one"
+        span = f"between {low} and {high}" if low != high else low
+        sentences.append(Markup("In {}{} this gap is {} points.").format(rest, which, span))
+    return sentences
 
 
 def against(variants: Sequence[Variant], baseline: Variant | None) -> list[Markup]:

@@ -1,11 +1,8 @@
 """What several keys of a classification config must satisfy together."""
 
-import logging
-
 import pytest
 
 from leakfree.config import ClassificationRunConfig, load_config
-from leakfree.errors import ConfigError
 
 
 @pytest.fixture
@@ -63,13 +60,8 @@ def test_the_defaults_are_a_config(load, caplog):
         (["model.box_head.norm=BN"], "model.box_head.norm", ["unknown key", "model.norm"]),
     ],
 )
-def test_a_broken_rule_is_one_line_with_its_key(load, overrides, key, words):
-    with pytest.raises(ConfigError) as caught:
-        load(*overrides)
-    message = str(caught.value)
-    assert f" {key}: " in message
-    assert "\n" not in message
-    assert all(word in message for word in words), message
+def test_a_broken_rule_is_one_line_with_its_key(load, overrides, key, words, refused):
+    refused(load, overrides, key, words)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +81,8 @@ def test_a_broken_rule_is_one_line_with_its_key(load, overrides, key, words):
         (["model.norm=BatchRenorm", "model.norm_options={ramp: null}"], "model.norm_options.ramp", "scale_ramps=true"),
     ],
 )
-def test_a_setting_without_effect_is_one_warning(load, overrides, key, words, caplog):
-    with caplog.at_level(logging.WARNING):
-        load(*overrides)
-    (record,) = caplog.records
-    assert f" {key}: " in record.getMessage()
-    assert words in record.getMessage()
+def test_a_setting_without_effect_is_one_warning(load, overrides, key, words, warned):
+    warned(load, overrides, key, words)
 
 
 @pytest.mark.parametrize(

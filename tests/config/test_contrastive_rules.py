@@ -1,7 +1,5 @@
 """What several keys of a contrastive config must satisfy together."""
 
-import logging
-
 import pytest
 
 from leakfree.config import ContrastiveRunConfig, load_config
@@ -75,13 +73,8 @@ WEIGHTS = "model.weights=a.pt"
         (["trainer.num_processes=3"], "trainer.total_batch_size", ["64 images", "3 ranks"]),
     ],
 )
-def test_a_broken_rule_is_one_line_with_its_key(load, overrides, key, words):
-    with pytest.raises(ConfigError) as caught:
-        load(*overrides)
-    message = str(caught.value)
-    assert f" {key}: " in message
-    assert "\n" not in message
-    assert all(word in message for word in words), message
+def test_a_broken_rule_is_one_line_with_its_key(load, overrides, key, words, refused):
+    refused(load, overrides, key, words)
 
 
 @pytest.mark.parametrize(
@@ -112,12 +105,8 @@ def test_a_broken_rule_is_one_line_with_its_key(load, overrides, key, words):
         (["data.val.corruptions=[blur]"], "data.val.corruptions", "views are what distorts images"),
     ],
 )
-def test_a_setting_without_effect_is_one_warning(load, overrides, key, words, caplog):
-    with caplog.at_level(logging.WARNING):
-        load(*overrides)
-    (record,) = caplog.records
-    assert f" {key}: " in record.getMessage()
-    assert words in record.getMessage()
+def test_a_setting_without_effect_is_one_warning(load, overrides, key, words, warned):
+    warned(load, overrides, key, words)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,17 @@ asked elsewhere: :func:`leakfree.leakage.check_config`.
 from __future__ import annotations
 
 import logging
+from itertools import chain
+from typing import Any
 
 from leakfree.config.check import Origin
 from leakfree.config.rules import classification, contrastive, detection, every_task
-from leakfree.config.rules.every_task import Problems
-from leakfree.config.schema import ClassificationRunConfig, ContrastiveRunConfig, DetectionRunConfig, RunConfig
+from leakfree.config.schema import RunConfig
 from leakfree.errors import ConfigError
 
 __all__ = ["check_rules"]
+
+_OF_TASK = {"classification": [classification], "contrastive": [contrastive], "detection": [detection]}
 
 
 def check_rules(config: RunConfig, origin: Origin) -> None:
@@ -24,27 +27,8 @@ def check_rules(config: RunConfig, origin: Origin) -> None:
     Raises:
         ConfigError: the message names the key and where it was given.
     """
-    for key, problem in _problems(config):
+    rooms: list[Any] = [every_task, *_OF_TASK.get(config.task, ())]
+    for key, problem in chain.from_iterable(rules.problems(config) for rules in rooms):
         raise ConfigError(f"{origin(key)}: {key}: {problem}")
-    for key, problem in _without_effect(config):
+    for key, problem in chain.from_iterable(rules.without_effect(config) for rules in rooms):
         logging.getLogger("leakfree.config").warning("leakfree: warning: %s: %s: %s", origin(key), key, problem)
-
-
-def _problems(config: RunConfig) -> Problems:
-    yield from every_task.problems(config)
-    if isinstance(config, DetectionRunConfig):
-        yield from detection.problems(config)
-    elif isinstance(config, ClassificationRunConfig):
-        yield from classification.problems(config)
-    elif isinstance(config, ContrastiveRunConfig):
-        yield from contrastive.problems(config)
-
-
-def _without_effect(config: RunConfig) -> Problems:
-    yield from every_task.without_effect(config)
-    if isinstance(config, DetectionRunConfig):
-        yield from detection.without_effect(config)
-    elif isinstance(config, ClassificationRunConfig):
-        yield from classification.without_effect(config)
-    elif isinstance(config, ContrastiveRunConfig):
-        yield from contrastive.without_effect(config)
