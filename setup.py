@@ -29,6 +29,7 @@ setup(
         "omegaconf>=2.3",
         "fvcore>=0.1.5.post20221221",
         "tensorboard>=2.14",
+        "submitit>=1.5",
         "rich>=13",
         "jinja2>=3.1",
         "matplotlib>=3.8",

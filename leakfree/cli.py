@@ -18,7 +18,7 @@ from typing import NoReturn
 from leakfree import __version__
 from leakfree.config import RunConfig, load_config
 from leakfree.errors import CheckpointError, ConfigError, LeakfreeError, choices
-from leakfree.training.ranks import RankError
+from leakfree.training import RankError, Stopped
 
 __all__ = ["UsageError", "main"]
 
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done, 1 a rank failed (named, with its traceback), 2 the user's mistake (one line on stderr),
+        75 stopped by a signal with the state saved: give the command again, with --resume,
         130 interrupted from the keyboard. Another failure of ours keeps its traceback, and Python exits with 1.
     """
     try:
@@ -76,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RankError as error:  # holds the traceback of the rank, if there is one; ours would only hide it
         print(f"leakfree: failed: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(f"leakfree: {stop}", file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         print("leakfree: interrupted", file=sys.stderr)
         return 130
@@ -177,12 +181,13 @@ def _parsers() -> dict[str, _Parser]:
 
 def _add_config_flags(parser: _Parser) -> None:
     parser.add_argument("--config-file", metavar="FILE", help="the run's YAML file (required)")
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on GPUs: trainer.num_gpus=N")
+    parser.add_argument("--num-machines", type=int, metavar="M", help="machines: trainer.num_machines=M")
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on GPUs of each: trainer.num_gpus=N")
     parser.add_argument(
         "--num-processes",
         type=int,
         metavar="N",
-        help="ranks on CPU: trainer.num_processes=N trainer.num_gpus=0",
+        help="ranks on CPU of each: trainer.num_processes=N trainer.num_gpus=0",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="override a key of the config; the last one wins"
@@ -197,16 +202,20 @@ def _config(args: argparse.Namespace) -> RunConfig:
         raise UsageError("--config-file FILE is required, like --config-file configs/detection/coco/...yaml")
     if args.num_gpus is not None and args.num_processes is not None:
         raise UsageError("--num-gpus and --num-processes exclude each other: ranks are on GPUs or on CPU")
-    flag, keys = "", {}
+    flags: dict[str, str] = {}  # config key -> the flag that sets it
+    if args.num_machines is not None:
+        flags["trainer.num_machines"] = f"--num-machines {args.num_machines}"
     if args.num_gpus is not None:
-        flag, keys = f"--num-gpus {args.num_gpus}", {"trainer.num_gpus": args.num_gpus}
+        flags["trainer.num_gpus"] = f"--num-gpus {args.num_gpus}"
     if args.num_processes is not None:
-        flag = f"--num-processes {args.num_processes}"
-        keys = {"trainer.num_processes": args.num_processes, "trainer.num_gpus": 0}
+        flags |= dict.fromkeys(["trainer.num_processes", "trainer.num_gpus"], f"--num-processes {args.num_processes}")
     for override in args.overrides:
-        if (key := override.partition("=")[0].strip()) in keys:
-            raise UsageError(f"{flag} and {override} both set {key}; give one of them")
-    return load_config(args.config_file, [*(f"{key}={value}" for key, value in keys.items()), *args.overrides])
+        if (key := override.partition("=")[0].strip()) in flags:
+            raise UsageError(f"{flags[key]} and {override} both set {key}; give one of them")
+    values = {key: flag.split()[1] for key, flag in flags.items()}
+    if args.num_processes is not None:
+        values["trainer.num_gpus"] = "0"
+    return load_config(args.config_file, [*(f"{key}={value}" for key, value in values.items()), *args.overrides])
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -45,7 +45,7 @@ def error_of(capsys, *argv: str) -> str:
         (["train", "--config-file", "x", "--num-gpus", "1", "--num-processes", "2"], ["exclude each other"]),
         (["train", "--config-file", "x", "--eval-only", "--resume"], ["exclude each other"]),
         (["train", "--config-file", "nothing.yaml"], ["nothing.yaml: no such file"]),
-        (["evaluate", "--config-file", "x", "--num-machines", "2"], ["unknown argument '--num-machines'"]),
+        (["evaluate", "--config-file", "x", "--num-nodes", "2"], ["unknown argument '--num-nodes'"]),
         (["check"], ["--config-file FILE is required"]),
         (["check", "--config-file", "nothing.yaml"], ["nothing.yaml: no such file"]),
         (["check", "--config-file", "x", "--resume"], ["unknown argument '--resume'"]),

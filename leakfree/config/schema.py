@@ -397,14 +397,25 @@ class ScheduleConfig:
 @dataclass
 class TrainerConfig:
     total_batch_size: int = _f(16, low=1)  # images per step over all ranks
-    num_gpus: int = _f(0, low=0)  # ranks on GPUs of this machine (--num-gpus)
-    num_processes: int = _f(1, low=1)  # ranks on CPU when num_gpus is 0 (--num-processes)
+    num_machines: int = _f(1, low=1)  # more than one needs a launcher: leakfree launch, torchrun (--num-machines)
+    num_gpus: int = _f(0, low=0)  # ranks on GPUs of each machine (--num-gpus)
+    num_processes: int = _f(1, low=1)  # ranks on CPU of each machine when num_gpus is 0 (--num-processes)
     num_threads: int = _f(0, low=0)  # CPU threads per rank; 0 = cores / ranks
     precision: str = _f("32-true", one_of=("32-true", "bf16-mixed", "16-mixed", "64-true"))
     checkpoint_period: int = _f(5000, low=1)  # steps
     keep_checkpoints: int = _f(2, low=1)
     log_period: int = _f(20, low=1)  # steps
     eval_period: int = _f(0, low=0)  # steps; 0 = only at the end
+    stuck_after: float = _f(1800.0, low=0.0)  # seconds without progress of a rank that end the run; 0 = never
+
+    @property
+    def ranks_per_machine(self) -> int:
+        return self.num_gpus or self.num_processes
+
+    @property
+    def num_ranks(self) -> int:
+        """Over all machines."""
+        return self.num_machines * self.ranks_per_machine
 
 
 @dataclass

@@ -60,7 +60,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> list[Findi
     Returns:
         At least one finding for each encoder pair, RoI head or classifier whose norm is known; leaks first.
     """
-    ranks = world_size or config.trainer.num_gpus or config.trainer.num_processes
+    ranks = world_size or config.trainer.num_ranks
     found: list[Finding] = []
     if isinstance(config, ContrastiveRunConfig):
         found = list(_contrastive(config, ranks))

@@ -5,5 +5,6 @@ Importing this loads neither torch nor Lightning; the ranks do.
 
 from leakfree.training.ranks import RankError
 from leakfree.training.run import evaluate, train
+from leakfree.training.stopping import Stopped
 
-__all__ = ["RankError", "evaluate", "train"]
+__all__ = ["RankError", "Stopped", "evaluate", "train"]

@@ -29,13 +29,15 @@ _FREE = {
     "output_dir",
     "data.root",
     "data.num_workers",
-    "trainer.num_gpus",  # the number of ranks is compared by itself
+    "trainer.num_machines",  # the number of ranks is compared by itself
+    "trainer.num_gpus",
     "trainer.num_processes",
     "trainer.num_threads",
     "trainer.checkpoint_period",
     "trainer.keep_checkpoints",
     "trainer.log_period",
     "trainer.eval_period",
+    "trainer.stuck_after",
 }
 
 

@@ -65,11 +65,11 @@ def plan_ranks(trainer: TrainerConfig) -> RankPlan:
     """The ranks that ``trainer`` asks for, or those that a launcher such as torchrun has made.
 
     Raises:
-        ConfigError: more GPUs than this machine has, a total batch that the ranks cannot share, or a launcher's
-            RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE that is no number.
+        ConfigError: more GPUs than this machine has, several machines without a launcher, a total batch that the
+            ranks cannot share, or a launcher's RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE that is no number.
     """
     gpus = trainer.num_gpus > 0
-    local_size = trainer.num_gpus or trainer.num_processes
+    local_size = trainer.ranks_per_machine
     world_size = local_size
     joined = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if joined:
@@ -78,6 +78,11 @@ def plan_ranks(trainer: TrainerConfig) -> RankPlan:
         local_size = _from_launcher("LOCAL_WORLD_SIZE", low=1) if here else min(local_size, world_size)
         for name in ("RANK", "LOCAL_RANK"):
             _from_launcher(name, low=0)
+    elif trainer.num_machines > 1:
+        raise ConfigError(
+            f"trainer.num_machines: {trainer.num_machines} machines need a launcher that starts the ranks on all of "
+            "them: leakfree launch, or torchrun on each machine"
+        )
     if gpus:
         import torch
 

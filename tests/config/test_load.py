@@ -171,7 +171,8 @@ def test_a_file_that_is_not_there_names_the_nearest(folder, path, words):
 
 RULED = {  # keys that have a rule of their own: varied in test_rules
     "evaluation.statistics", "model.images_per_group", "task", "output_dir", "data.min_size", "schedule.milestones",
-    "trainer.total_batch_size", "trainer.num_gpus", "trainer.num_processes", "trainer.precision", "model.image_mean",
+    "trainer.total_batch_size", "trainer.num_machines", "trainer.num_gpus", "trainer.num_processes",
+    "trainer.precision", "schedule.freeze_bn_at", "schedule.freeze_bn_unit", "model.image_mean",
     "model.image_std", "model.rpn.anchor_sizes", "model.rpn.aspect_ratios", "model.box_head.name",
     "model.box_head.norm", "model.box_head.roi_shuffle", "model.mask_head.roi_shuffle", "model.backbone.norm",
     "model.backbone.name",

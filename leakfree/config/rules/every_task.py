@@ -74,13 +74,14 @@ def without_effect(config: RunConfig) -> Problems:
 
 def _batch_is_shared_evenly(config: RunConfig) -> Problems:
     trainer = config.trainer
-    key, ranks = ("num_gpus", trainer.num_gpus) if trainer.num_gpus else ("num_processes", trainer.num_processes)
-    total = trainer.total_batch_size
+    key = "num_gpus" if trainer.num_gpus else "num_processes"
+    of = f"trainer.{key}" + (" x trainer.num_machines" if trainer.num_machines > 1 else "")
+    total, ranks = trainer.total_batch_size, trainer.num_ranks
     if total % ranks:
         near = sorted({max(total // ranks, 1) * ranks, (total // ranks + 1) * ranks})
         yield (
             "trainer.total_batch_size",
-            f"{total} images cannot be shared evenly by {ranks} ranks (trainer.{key}); nearest that can: "
+            f"{total} images cannot be shared evenly by {ranks} ranks ({of}); nearest that can: "
             + ", ".join(map(str, near)),
         )
     if trainer.precision == "16-mixed" and not trainer.num_gpus:

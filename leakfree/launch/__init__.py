@@ -1,0 +1,5 @@
+"""Runs on clusters and in the background: what is submitted, how jobs go on after a signal, how they are doing."""
+
+from leakfree.launch.slurm import job_facts
+
+__all__ = ["job_facts"]
