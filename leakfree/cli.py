@@ -268,7 +268,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from leakfree.training.checkpoints import newest_valid, read_checkpoint
+    from leakfree.sealed import read_checkpoint
+    from leakfree.training.checkpoints import newest_valid
 
     path = Path(args.run)
     notices: list[str] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -60,22 +60,23 @@ class Evaluation:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of ``path`` when the block ends well.
+    """A file to write (and read back) that takes the place of ``path`` when the block ends well.
 
     A crash at any moment, an exception or a full disk leaves the old file (or none) and, but for a killed
     process, no temporary one; those are named ``.<name>.*.tmp``.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    # not mkstemp: it takes all rights from others, and to learn which the user leaves them means to set the umask,
+    # which is the whole process's
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -87,13 +88,6 @@ def write_atomic(path: str | os.PathLike[str], text: str | bytes) -> None:
     """
     with atomic_file(path) as file:
         file.write(text.encode() if isinstance(text, str) else text)
-
-
-def _umask() -> int:
-    """What the user takes away from new files; mkstemp takes everything. Reading it means setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _plain(value: Any) -> Any:

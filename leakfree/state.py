@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from leakfree.errors import CheckpointError, ConfigError, choices
 from leakfree.keeping import attributes_kept
 from leakfree.norms import PartitionedBatchNorm
+from leakfree.sealed import read_torch_file
 
 __all__ = [
     "as_in_training",
@@ -129,7 +130,7 @@ def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None
     """Load a checkpoint's weights into ``model``: all of them, or only the submodules ``parts``.
 
     Takes a state dict, or a training checkpoint that holds one under "state_dict" or "model".
-    Read with ``weights_only=True``: nothing in the file can run.
+    Nothing in the file can run: see :func:`leakfree.sealed.read_torch_file`.
 
     Raises:
         CheckpointError: no such file, a damaged file, or weights of another model: the first names that
@@ -138,10 +139,9 @@ def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None
     if not Path(path).is_file():
         raise CheckpointError(f"model.weights: no file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0].partition(" In PyTorch")[0]  # torch goes on with how to run such a file
-        raise CheckpointError(f"model.weights: {path} cannot be read as a checkpoint: {reason}") from error
+        state = read_torch_file(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.weights: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     ["errors"],
     ["records", "schedules"],
-    ["config"],
+    ["config", "sealed"],
     ["distributed", "keeping", "recomputation"],
     ["partition"],
     ["shuffle"],
@@ -238,6 +238,7 @@ def test_what_is_allowed_passes(tmp_path, check, file, code):
         ("leakfree.norms", ["lightning", "torchvision", "torchmetrics", "sklearn", "matplotlib", "omegaconf"]),
         ("leakfree.config", ["torch", "lightning", "matplotlib"]),
         ("leakfree.records", ["torch", "omegaconf"]),
+        ("leakfree.sealed", ["torch", "omegaconf"]),
         ("leakfree.report", ["torch", "lightning", "torchvision"]),
         ("leakfree.cli", ["torch", "lightning", "matplotlib"]),
     ],

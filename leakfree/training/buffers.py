@@ -7,7 +7,7 @@ checkpoints nor evaluations during training change what comes after.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,45 +15,72 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from leakfree.distributed import all_gather_ints, all_gather_objects, is_distributed
+from leakfree.distributed import all_gather_objects, all_gather_table, is_distributed
 from leakfree.state import buffers_kept
 
-__all__ = ["differing_buffers", "pool_statistics", "pooled_statistics"]
+__all__ = ["differing_buffers", "pool_statistics", "pooled_statistics", "pooled_values"]
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers with a running mean; one that the model holds under several names is yielded under each."""
+    for name, item in model.named_modules(remove_duplicate=False):
+        if isinstance(getattr(item, "running_mean", None), Tensor):
+            yield f"{name}." if name else "", item
 
 
 @torch.no_grad()
-def pool_statistics(model: nn.Module) -> None:
-    """Give every rank the mean of all ranks' ``running_mean`` and ``running_var``, in place.
+def pooled_values(model: nn.Module) -> dict[str, Tensor]:
+    """The mean of all ranks' ``running_mean`` and ``running_var``, by the names of the buffers; {} on one rank.
 
     The ranks weigh alike, but those whose layer never saw a sample (counter 0) do not count. This is
     the moving average over steps *and* ranks: averages of averages, so that the order of pooling and
     updating does not matter. The variance is the mean variance inside a normalization batch, as torch's
     moving average over steps is; the spread of the ranks' means is not added. Counters become the
-    largest. One collective; every rank calls it.
+    largest. Every rank calls it.
     """
-    layers: list[Any] = [item for item in model.modules() if isinstance(getattr(item, "running_mean", None), Tensor)]
-    if not layers or not is_distributed():
-        return
-    parts = []
-    for layer in layers:
-        mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
-        seen = torch.ones(mean.shape[:-1], device=mean.device) if counter is None else counter > 0
-        weight = seen.to(torch.float64)[..., None]  # of each domain, where a layer has several
-        parts += [mean.double() * weight, var.double() * weight, weight]
-    flat = torch.cat([part.flatten() for part in parts])
-    dist.all_reduce(flat)
-    sums = flat.split([part.numel() for part in parts])
-    pooled = iter(total.view(part.shape) for total, part in zip(sums, parts, strict=True))
-    for layer in layers:
-        mean, var, weight = next(pooled), next(pooled), next(pooled)
-        for buffer, total in ((layer.running_mean, mean), (layer.running_var, var)):
-            buffer.copy_(torch.where(weight > 0, total / weight.clamp(min=1), buffer.double()))
-    counters = [layer.num_batches_tracked for layer in layers if isinstance(layer.num_batches_tracked, Tensor)]
-    if counters:
-        largest = torch.cat([counter.flatten() for counter in counters])
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        for counter, value in zip(counters, largest.split([counter.numel() for counter in counters]), strict=True):
-            counter.copy_(value.view(counter.shape))
+    named = list(_layers(model)) if is_distributed() else []
+    layers = list({id(layer): layer for _, layer in named}.values())
+    if not layers:
+        return {}
+    ones = torch.ones((), dtype=torch.int64, device=layers[0].running_mean.device)
+    # a counter is of a layer, or of each of its domains: a row of its statistics
+    rows = [layer.running_mean.reshape(-1, layer.running_mean.shape[-1]).shape for layer in layers]
+    counters = torch.cat(
+        [
+            ones.expand(count) if layer.num_batches_tracked is None else layer.num_batches_tracked.reshape(count)
+            for layer, (count, _) in zip(layers, rows, strict=True)
+        ]
+    )
+    widths = torch.tensor([width for count, width in rows for _ in range(count)], device=counters.device)
+    statistics = [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]
+    own = torch.cat([item.reshape(-1) for item in statistics])
+    seen = (counters > 0).double()
+    weight = seen.repeat_interleave(widths, output_size=len(own) // 2).repeat(2)
+    sums = torch.cat([own.double() * weight, seen])
+    dist.all_reduce(sums)
+    dist.all_reduce(counters, op=dist.ReduceOp.MAX)
+    total, seen = sums.split([len(own), len(seen)])
+    weight = seen.repeat_interleave(widths, output_size=len(own) // 2).repeat(2)
+    pooled = torch.where(weight > 0, total / weight.clamp(min=1), own.double()).to(own.dtype)
+    parts = pooled.split([item.numel() for item in statistics])
+    found = {}
+    places = {id(layer): place for place, layer in enumerate(layers)}
+    largest = counters.split([count for count, _ in rows])
+    for name, layer in named:
+        place = places[id(layer)]
+        found[f"{name}running_mean"] = parts[place].view_as(layer.running_mean).to(layer.running_mean.dtype)
+        found[f"{name}running_var"] = parts[place + len(layers)].view_as(layer.running_var).to(layer.running_var.dtype)
+        if isinstance(layer.num_batches_tracked, Tensor):
+            found[f"{name}num_batches_tracked"] = largest[place].view_as(layer.num_batches_tracked)
+    return found
+
+
+@torch.no_grad()
+def pool_statistics(model: nn.Module) -> None:
+    """Give every rank :func:`pooled_values`, in place. Every rank calls it."""
+    pooled = pooled_values(model)
+    if pooled:
+        torch._foreach_copy_([model.get_buffer(name) for name in pooled], list(pooled.values()))
 
 
 @contextmanager
@@ -64,10 +91,35 @@ def pooled_statistics(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def differing_buffers(model: nn.Module) -> list[dict[str, Tensor]]:
     """For each rank, its buffers that are not the same on all ranks; every rank calls it and gets all."""
-    buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in model.named_buffers()}
-    sums = [zlib.crc32(buffer.reshape(-1).view(torch.uint8).numpy().tobytes()) for buffer in buffers.values()]
-    everyone = all_gather_ints(sums) if sums else [[]]
-    differ = [name for name, *values in zip(buffers, *everyone, strict=True) if len(set(values)) > 1]
-    return all_gather_objects({name: buffers[name].clone() for name in differ})
+    if not is_distributed():
+        return [{}]
+    buffers = dict(model.named_buffers())
+    contents = _contents(buffers.values())
+    sums = all_gather_table([zlib.crc32(content.numpy().data) for content in contents])
+    differ = (sums != sums[0]).any(0).tolist()
+    # In one piece, not as tensors: each of these takes long to pack and to unpack.
+    own = [item for item, more in zip(buffers.items(), differ, strict=True) if more]
+    described = [(name, buffer.dtype, buffer.shape) for name, buffer in own]
+    values = b"".join(content.numpy().tobytes() for content, more in zip(contents, differ, strict=True) if more)
+    return [_apart(described, data) for described, data in all_gather_objects((described, values))]
+
+
+def _contents(buffers: Iterable[Tensor]) -> list[Tensor]:
+    """The bytes of each, on the CPU."""
+    contents = [buffer.detach().contiguous().reshape(-1).view(torch.uint8) for buffer in buffers]
+    if any(content.is_cuda for content in contents):  # one transfer
+        return list(torch.cat(contents).cpu().split([len(content) for content in contents]))
+    return contents
+
+
+def _apart(described: list[tuple[str, torch.dtype, torch.Size]], data: bytes) -> dict[str, Tensor]:
+    found, place = {}, 0
+    for name, dtype, shape in described:
+        size = shape.numel() * dtype.itemsize
+        own = bytearray(data[place : place + size])
+        found[name] = torch.frombuffer(own, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+        place += size
+    return found

@@ -8,47 +8,27 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.plugins.io import CheckpointIO
 
 from leakfree.config.schema import TrainerConfig
-from leakfree.distributed import get_rank
-from leakfree.errors import ConfigError
+from leakfree.distributed import broadcast_object, get_rank
+from leakfree.errors import ConfigError, LeakfreeError
 from leakfree.input_moments import default_forward
 from leakfree.norms.memorized import double_forward
 from leakfree.schedules import BurnInSchedule, FreezeBN, RenormSchedule
 from leakfree.training.buffers import pooled_statistics
-from leakfree.training.checkpoints import (
-    FINAL,
-    checkpoint_name,
-    point_to,
-    read_checkpoint,
-    remove_old,
-    write_checkpoint,
-)
+from leakfree.training.checkpoints import FINAL, checkpoint_name
 from leakfree.training.journal import Journal
 from leakfree.training.logs import LOG, StepBar, track
 from leakfree.training.module import TrainingModule
+from leakfree.training.saving import BackgroundCheckpoints
 
-__all__ = ["AtomicCheckpoints", "DoubleForwardCallback", "FreezeBNCallback", "Moments", "ScheduleCallback"]
-
-
-class AtomicCheckpoints(CheckpointIO):
-    """Lightning's checkpoints through :mod:`leakfree.training.checkpoints`."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        write_checkpoint(checkpoint, path)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(path)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
+__all__ = ["DoubleForwardCallback", "FreezeBNCallback", "Moments", "ScheduleCallback"]
 
 
 class Moments(L.Callback):
@@ -57,18 +37,20 @@ class Moments(L.Callback):
     In this order, because rows after a checkpoint are dropped when training goes on from it.
 
     Args:
-        saved: called on rank 0 with the number of steps that a checkpoint holds.
+        checkpoints: the trainer's; they are on disk some time after the step that saved them: see
+            :meth:`saved_to_disk`.
     """
 
     def __init__(
-        self, folder: Path, trainer: TrainerConfig, journal: Journal, bar: StepBar, saved: Callable[[int], None]
+        self, folder: Path, trainer: TrainerConfig, journal: Journal, bar: StepBar, checkpoints: BackgroundCheckpoints
     ) -> None:
         self.folder = folder
         self.config = trainer
         self.journal = journal
         self.bar = bar
-        self.saved = saved
+        self.checkpoints = checkpoints
         self._lr = 0.0
+        self._first = True
         self._on_terminate = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: L.Trainer, module: TrainingModule) -> None:  # type: ignore[override]
@@ -85,6 +67,7 @@ class Moments(L.Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, module: TrainingModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.checkpoints.check()
         step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         self.journal.stepped(step, module.losses, self._lr)
         self.bar.show(step, module.losses["loss"])
@@ -92,6 +75,9 @@ class Moments(L.Callback):
             self._validate(module, step)
         if last or step % self.config.checkpoint_period == 0:
             self._save(trainer, module, step, FINAL if last else checkpoint_name(step))
+        elif self._first and get_rank() == 0:
+            self.checkpoints.prepare(_tensors_of(trainer, module))  # optimizers have their state by now
+        self._first = False
         self.journal.waiting()
 
     def _validate(self, module: TrainingModule, step: int) -> None:
@@ -108,17 +94,36 @@ class Moments(L.Callback):
         module.seconds += self.journal.seconds
         self.journal.seconds = 0.0
         trainer.save_checkpoint(self.folder / name)
-        if get_rank() == 0:
-            point_to(self.folder / name)
-            remove_old(self.folder, self.config.keep_checkpoints)
-            self.saved(step)
-            LOG.info("saved %s", self.folder / name)
+
+    def saved_to_disk(self) -> None:
+        """Wait, on every rank, until what was saved last is on disk. Every rank calls it.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        failure: LeakfreeError | None = None
+        try:
+            self.checkpoints.saved_to_disk()
+        except LeakfreeError as error:
+            failure = error
+        failure = broadcast_object(failure)  # rank 0 is the one that writes
+        if failure is not None:
+            raise failure
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.bar.stop()
+        self.saved_to_disk()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self.bar.stop()
+
+
+def _tensors_of(trainer: L.Trainer, module: TrainingModule) -> Iterator[torch.Tensor]:
+    """The bulk of what a checkpoint holds."""
+    yield from module.state_dict().values()
+    for optimizer in trainer.optimizers:
+        for state in optimizer.state.values():
+            yield from (item for item in state.values() if isinstance(item, torch.Tensor))
 
 
 # ------------------------------------------------------------------------------- for any Lightning training

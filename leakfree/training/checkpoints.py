@@ -1,38 +1,22 @@
-"""Checkpoint files: written whole or not at all, checked before they are trusted, plain data only.
+"""The checkpoints in the folder of a run: their names, the newest that is whole, and how many stay.
 
-A checkpoint is torch's zip file, whose members carry CRC-32 sums: a truncated or bit-flipped file is
-recognized without a sidecar and without torch. Names count completed steps.
+Names count completed steps. What a file is, and how damage is seen: :mod:`leakfree.sealed`. Torch-free.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from leakfree.errors import CheckpointError, RunError
-from leakfree.records import atomic_file, write_atomic
+from leakfree.errors import CheckpointError
+from leakfree.records import write_atomic
+from leakfree.sealed import damage
 
-__all__ = [
-    "FINAL",
-    "checkpoint_name",
-    "damage",
-    "disk_is_full",
-    "list_checkpoints",
-    "newest_valid",
-    "point_to",
-    "read_checkpoint",
-    "remove_old",
-    "write_checkpoint",
-]
+__all__ = ["FINAL", "Shelf", "checkpoint_name", "list_checkpoints", "newest_valid"]
 
 FINAL = "model_final.pt"
 _NAME = re.compile(r"checkpoint_(\d{7,})\.pt\Z")
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def checkpoint_name(step: int) -> str:
@@ -46,16 +30,6 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     steps = {path: int(match[1]) for path in folder.glob("checkpoint_*.pt") if (match := _NAME.match(path.name))}
     final = [folder / FINAL] if (folder / FINAL).is_file() else []
     return final + sorted(steps, key=lambda path: steps[path], reverse=True)
-
-
-def damage(path: str | os.PathLike[str]) -> str:
-    """What is wrong with a checkpoint file; "" if it is whole."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        return str(error) or type(error).__name__
-    return f"checksum of {broken} differs" if broken is not None else ""
 
 
 def newest_valid(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
@@ -78,80 +52,46 @@ def newest_valid(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]
     return None, notices
 
 
-def write_checkpoint(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write ``content`` so that a crash at any moment leaves the old file or the new one, on disk.
+class Shelf:
+    """Keeps the folder of a running training in order: which checkpoint is the last, and which may go.
 
-    Raises:
-        RunError: the disk is full or refuses; nothing is left behind and older files are intact.
+    Args:
+        keep: whole periodic checkpoints that stay; the final one is not counted and stays.
     """
-    import torch
 
-    path = Path(path)
-    try:
-        with atomic_file(path) as file:
-            torch.save(content, file)
-    except BaseException as error:
-        reason = _system_error(error)
-        if reason is None:
-            raise
-        raise RunError(
-            f"{path}: the checkpoint could not be written ({reason.strerror}); earlier ones are intact: "
-            "make room, then continue with --resume"
-        ) from error
-    _sync_folder(path.parent)
+    def __init__(self, folder: str | os.PathLike[str], keep: int) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+        self._whole: dict[Path, tuple[int, ...]] = {}  # as it was when it was found to be whole
 
+    def put(self, path: Path) -> None:
+        """Enter ``path``, which was just written: ``last_checkpoint`` names it, and those past ``keep`` are removed.
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        A damaged one is not counted, so that one whole checkpoint stays at least, whatever became of the others.
+        One is read through only if it changed since the last time.
+        """
+        write_atomic(self.folder / "last_checkpoint", path.name + "\n")
+        self._whole[path] = _marks(path)
+        periodic = [item for item in list_checkpoints(self.folder) if item.name != FINAL]
+        kept = 0
+        for item in periodic:
+            if kept == self.keep:
+                item.unlink(missing_ok=True)
+                self._whole.pop(item, None)
+            elif self._is_whole(item):
+                kept += 1
 
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; nothing in the file can run. One of our trainings has a "leakfree" entry.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or no dict.
-    """
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0].partition(" In PyTorch")[0]  # torch goes on with how to run such a file
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
-    return content
+    def _is_whole(self, path: Path) -> bool:
+        marks = _marks(path)
+        if self._whole.get(path) != marks:
+            self._whole.pop(path, None)
+            if damage(path):
+                return False
+            self._whole[path] = marks
+        return True
 
 
-def remove_old(folder: str | os.PathLike[str], keep: int) -> None:
-    """Keep the newest ``keep`` periodic checkpoints; the final one is not counted and stays."""
-    periodic = [path for path in list_checkpoints(folder) if path.name != FINAL]
-    for path in periodic[keep:]:
-        path.unlink(missing_ok=True)
-
-
-def point_to(path: Path) -> None:
-    """Write the name of the newest checkpoint into ``last_checkpoint``."""
-    write_atomic(path.parent / "last_checkpoint", path.name + "\n")
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__ or current.__context__
-
-
-def _system_error(error: BaseException) -> OSError | None:
-    """The OSError behind ``error``: torch's writer turns it into a RuntimeError of its own."""
-    return next((item for item in _chain(error) if isinstance(item, OSError)), None)
-
-
-def disk_is_full(error: BaseException) -> OSError | None:
-    """The "no space" error that ``error`` is or comes from, if it does."""
-    return next((item for item in _chain(error) if isinstance(item, OSError) and item.errno in _FULL), None)
+def _marks(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

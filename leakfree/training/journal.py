@@ -124,8 +124,8 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def timing_of(folder: Path, steps: int, seconds: float) -> dict[str, float | None]:
-    """The timing of a record after ``steps`` steps, from all rows that the run's sessions wrote."""
-    rows = [row for row in read_metrics(folder) if "seconds_per_step" in row]
+    """The timing of a record after ``steps`` steps, from the rows that the run's sessions wrote of these."""
+    rows = [row for row in read_metrics(folder) if "seconds_per_step" in row and row["step"] <= steps]
 
     def over_rows(name: str, reduce: Any) -> float | None:
         return reduce([row[name] for row in rows]) if rows else None

@@ -19,7 +19,7 @@ from leakfree.errors import CheckpointError, ConfigError, RunError
 from leakfree.norms import NORMS, ProxyNorm
 from leakfree.schedules import Epochs, FreezeBN, Point, freeze_step, lr_factor
 from leakfree.state import load_buffers
-from leakfree.training.buffers import differing_buffers, pool_statistics, pooled_statistics
+from leakfree.training.buffers import differing_buffers, pool_statistics, pooled_values
 from leakfree.training.logs import LOG
 from leakfree.training.tasks import Task
 
@@ -130,9 +130,9 @@ class TrainingModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Pooled statistics for whoever reads the weights; each rank's own beside them, for the resume."""
-        own = differing_buffers(self.model)
-        with pooled_statistics(self.model):
-            checkpoint["state_dict"] = {name: value.detach().clone() for name, value in self.state_dict().items()}
+        pooled = {f"model.{name}": value for name, value in pooled_values(self.model).items()}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: pooled.get(name, value) for name, value in state.items()}
         checkpoint["leakfree"] = {
             "format": FORMAT,
             "version": __version__,
@@ -140,7 +140,7 @@ class TrainingModule(L.LightningModule):
             "seconds": self.seconds,
             "world_size": get_world_size(),
             "freeze_bn": self.freeze_bn.state_dict(),
-            "rank_buffers": own,
+            "rank_buffers": differing_buffers(self.model),
             "config": config_to_dict(self.config),
         }
 

@@ -25,9 +25,10 @@ from leakfree.leakage import check_config
 from leakfree.norms import BatchRenorm, CrossIterationBatchNorm, MemorizedBatchNorm
 from leakfree.records import RunRecord, read_record, write_record
 from leakfree.schedules import BurnInSchedule, RenormSchedule
+from leakfree.sealed import disk_is_full, read_checkpoint
 from leakfree.training.buffers import pool_statistics
-from leakfree.training.callbacks import AtomicCheckpoints, DoubleForwardCallback, Moments, ScheduleCallback
-from leakfree.training.checkpoints import disk_is_full, read_checkpoint
+from leakfree.training.callbacks import DoubleForwardCallback, Moments, ScheduleCallback
+from leakfree.training.checkpoints import Shelf
 from leakfree.training.classification import ClassificationTask
 from leakfree.training.detection import DetectionTask
 from leakfree.training.folder import Start
@@ -35,6 +36,7 @@ from leakfree.training.journal import Journal, peak_memory_mib, timing_of
 from leakfree.training.logs import LOG, StepBar, environment, first_lines, logging_to, result_lines, track
 from leakfree.training.module import TrainingModule, freeze_as_trained, seed_step
 from leakfree.training.ranks import RankPlan, threads_per_rank
+from leakfree.training.saving import BackgroundCheckpoints
 from leakfree.training.tasks import Task
 
 __all__ = ["evaluate_on_rank", "train_on_rank"]
@@ -171,7 +173,7 @@ class _Session:
             LOG.warning("%s", line)
 
     def note_steps(self, steps: int, seconds: float) -> None:
-        """A checkpoint of ``steps`` steps is on disk."""
+        """A checkpoint of ``steps`` steps, which took so long, is on disk."""
         assert self.record is not None
         self.record.timing |= timing_of(self.folder, steps, seconds)
         write_record(self.folder, self.record)
@@ -228,14 +230,13 @@ class _Steps:
 def _fit(config: RunConfig, plan: RankPlan, start: Start, session: _Session, module: TrainingModule) -> None:
     journal = Journal(session.folder, config.trainer.log_period, config.schedule.max_steps, start.step, session.device)
     bar = StepBar(config.schedule.max_steps, start.step)
-    moments = Moments(
-        session.folder, config.trainer, journal, bar, saved=lambda step: session.note_steps(step, module.seconds)
-    )
+    checkpoints = BackgroundCheckpoints(Shelf(session.folder, config.trainer.keep_checkpoints), session.note_steps)
+    moments = Moments(session.folder, config.trainer, journal, bar, checkpoints)
     # before the moments: what a checkpoint holds must be complete
-    trainer = _trainer(config, plan, [*_norm_callbacks(module.task, config.schedule), moments])
+    trainer = _trainer(config, plan, [*_norm_callbacks(module.task, config.schedule), moments], checkpoints)
     batches = _Steps(module.task, start.step, config.schedule.max_steps)
     try:
-        with _interrupt_raised():
+        with _interrupt_raised(), checkpoints:
             trainer.fit(module, train_dataloaders=batches, ckpt_path=start.weights or None, weights_only=True)
     finally:
         journal.close()
@@ -273,7 +274,9 @@ def _interrupt_raised() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _trainer(config: RunConfig, plan: RankPlan, callbacks: list[L.Callback]) -> L.Trainer:
+def _trainer(
+    config: RunConfig, plan: RankPlan, callbacks: list[L.Callback], checkpoints: BackgroundCheckpoints
+) -> L.Trainer:
     several = plan.world_size > 1
     strategy: Any = "auto"
     if several:
@@ -287,7 +290,7 @@ def _trainer(config: RunConfig, plan: RankPlan, callbacks: list[L.Callback]) -> 
         devices=[local] if plan.gpus and local is not None else plan.local_size,
         num_nodes=plan.num_nodes,
         strategy=strategy,
-        plugins=[environment, AtomicCheckpoints()],
+        plugins=[environment, checkpoints],
         precision=config.trainer.precision,  # type: ignore[arg-type]
         max_steps=config.schedule.max_steps,
         max_epochs=-1,  # one epoch is the whole run

@@ -14,9 +14,9 @@ from leakfree.errors import CheckpointError, ConfigError, DataError
 from leakfree.norms import BatchRenorm, CrossIterationBatchNorm
 from leakfree.records import read_metrics, read_record
 from leakfree.schedules import burn_in_steps, renorm_ramp
+from leakfree.sealed import read_checkpoint
 from leakfree.state import load_weights
 from leakfree.training import evaluate, train, work
-from leakfree.training.checkpoints import read_checkpoint
 from leakfree.training.classification import ClassificationTask
 from tests.ranks import run_ranks
 from tests.runs import launched, same, stop_at, weights_of

@@ -9,19 +9,9 @@ import pytest
 import torch
 
 from leakfree.errors import CheckpointError, RunError
+from leakfree.sealed import damage, disk_is_full, read_checkpoint, write_checkpoint
 from leakfree.state import load_weights
-from leakfree.training.checkpoints import (
-    FINAL,
-    checkpoint_name,
-    damage,
-    disk_is_full,
-    list_checkpoints,
-    newest_valid,
-    point_to,
-    read_checkpoint,
-    remove_old,
-    write_checkpoint,
-)
+from leakfree.training.checkpoints import FINAL, Shelf, checkpoint_name, list_checkpoints, newest_valid
 
 
 def content(value, size=50_000):
@@ -38,9 +28,8 @@ def test_what_is_written_is_read_and_newest_comes_first(tmp_path):
     assert list_checkpoints(tmp_path)[0].name == FINAL
     assert read_checkpoint(tmp_path / FINAL)["weights"][0] == 7.0
     assert os.stat(tmp_path / FINAL).st_mode & 0o777 == 0o644
-    remove_old(tmp_path, 1)
+    Shelf(tmp_path, 1).put(tmp_path / FINAL)
     assert [path.name for path in list_checkpoints(tmp_path)] == [FINAL, names[0]]
-    point_to(tmp_path / FINAL)
     assert (tmp_path / "last_checkpoint").read_text() == f"{FINAL}\n"
 
 

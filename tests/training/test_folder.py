@@ -14,7 +14,8 @@ from leakfree.config import config_to_dict
 from leakfree.config.schema import DetectionRunConfig
 from leakfree.errors import CheckpointError, RunError
 from leakfree.records import RunRecord, read_record, write_record
-from leakfree.training.checkpoints import FINAL, checkpoint_name, write_checkpoint
+from leakfree.sealed import write_checkpoint
+from leakfree.training.checkpoints import FINAL, checkpoint_name
 from leakfree.training.folder import (
     Start,
     interrupted_record,
