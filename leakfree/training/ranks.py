@@ -2,7 +2,8 @@
 
 ``run_ranks`` starts them and watches over them: the first that fails ends all, Ctrl-C ends all, and
 when this process dies they die with it. A signal to stop is handed on to them, and they end by themselves.
-Where the processes exist already (torchrun, a Slurm task), it joins them instead. Torch-free until a rank starts, so the watching process stays small.
+Where the processes exist already (torchrun, a Slurm task), it joins them instead. Torch-free until a rank
+starts, so the watching process stays small.
 Not here: what a rank does.
 """
 

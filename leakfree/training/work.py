@@ -327,7 +327,7 @@ def _trainer(config: RunConfig, plan: RankPlan, callbacks: list[L.Callback]) -> 
         enable_model_summary=False,
         default_root_dir=config.output_dir,
     )
-    # Lightning's handler of SIGTERM talks to the other ranks from inside the signal, which can hang for ever; and before
+    # Lightning's handler of SIGTERM talks to the other ranks from inside the signal, which can hang for ever. Before
     # each step it broadcasts whether there was one, which waits for all ranks and hides that one is gone.
     # leakfree.training.agreement does all that is to be done.
     trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
