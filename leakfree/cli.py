@@ -19,6 +19,7 @@ from leakfree import __version__
 from leakfree.config import RunConfig, load_config
 from leakfree.errors import CheckpointError, ConfigError, LeakfreeError, choices
 from leakfree.training import RankError, Stopped
+from leakfree.training.stopping import EXIT_STOPPED, listening
 
 __all__ = ["UsageError", "main"]
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 interrupted from the keyboard. Another failure of ours keeps its traceback, and Python exits with 1.
     """
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(list(sys.argv[1:] if argv is None else argv), own=argv is None)
     except LeakfreeError as error:
         print("leakfree: error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
@@ -79,13 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Stopped as stop:
         print(f"leakfree: {stop}", file=sys.stderr)
-        return 75
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         print("leakfree: interrupted", file=sys.stderr)
         return 130
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], own: bool) -> int:
+    """``own``: the command line is this process's, which ends with the command."""
     parsers = _parsers()
     name, rest = _split_command(argv, parsers)
     if name is None:
@@ -98,7 +100,10 @@ def _run(argv: list[str]) -> int:
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise UsageError(f"leakfree {name}: unknown argument {unknown[0]!r}; flags: {choices(unknown[0], flags)}")
-    return _COMMANDS[name](args)
+    if name not in ("train", "evaluate"):
+        return _COMMANDS[name](args)
+    with listening(to_the_end=own):  # so that no later signal changes the exit code
+        return _COMMANDS[name](args)
 
 
 def _split_command(argv: list[str], parsers: dict[str, _Parser]) -> tuple[str | None, list[str]]:

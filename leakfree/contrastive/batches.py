@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from leakfree.config.schema import ContrastiveRunConfig
 from leakfree.contrastive.methods import Views
 from leakfree.contrastive.mitigation import Mitigation
 from leakfree.contrastive.views import ViewMaker, build_views
-from leakfree.data import LabelledImages, TrainingBatchSampler
+from leakfree.data import LabelledImages, Loader, TrainingBatchSampler
 from leakfree.distributed import get_rank, get_world_size
 from leakfree.errors import DataError
 
@@ -81,7 +81,7 @@ class _Paired(Dataset[Any]):
             return f"data.{self.images.split}: {error}"
 
 
-class _Loader(DataLoader[Any]):
+class _Loader(Loader):
     """An image that cannot be read is one DataError, in this process."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -94,14 +94,11 @@ class _Loader(DataLoader[Any]):
 def _loader(
     config: ContrastiveRunConfig, images: LabelledImages, seed: int, batches: Any, make: Callable[..., Any]
 ) -> Iterable[Any]:
-    workers = config.data.num_workers
     return _Loader(
         _Paired(images, build_views(config.data, seed, images.split), make),
         sampler=batches,
         batch_size=None,  # the views of a batch are drawn at once
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(0),  # its own: loaders must not draw from the training's numbers
+        num_workers=config.data.num_workers,
     )
 
 

@@ -17,6 +17,7 @@ from leakfree.data.masks import decode_masks, encode_mask, mask_polygons, segmen
 from leakfree.data.problems import Problem, Problems
 from leakfree.data.samplers import EvaluationBatchSampler, SameClassBatchSampler, TrainingBatchSampler
 from leakfree.data.transforms import DetectionTransform, sample_generator
+from leakfree.data.workers import Loader
 
 __all__ = [
     "CORRUPTIONS",
@@ -28,6 +29,7 @@ __all__ = [
     "InstanceLoader",
     "LabelledImages",
     "LabelledLoader",
+    "Loader",
     "Problem",
     "Problems",
     "SameClassBatchSampler",

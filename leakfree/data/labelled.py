@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional
@@ -27,6 +27,7 @@ from leakfree.data.digits import SPLITS, Split, digit_images, digits_of
 from leakfree.data.images import read_image
 from leakfree.data.samplers import SameClassBatchSampler, TrainingBatchSampler
 from leakfree.data.transforms import mirrored, sample_generator
+from leakfree.data.workers import Loader
 from leakfree.errors import DataError
 
 __all__ = [
@@ -220,7 +221,7 @@ class _Samples(Dataset[Any]):
 # ------------------------------------------------------------------------------------------- batches
 
 
-class LabelledLoader(DataLoader[Any]):
+class LabelledLoader(Loader):
     """Batches of (images, labels, domains). An image that cannot be read is one DataError, in this process."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # type: ignore[override]
@@ -258,8 +259,6 @@ def build_image_loader(
         num_workers=config.num_workers,
         collate_fn=_collate,
         persistent_workers=config.num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(0),  # its own: see leakfree.data.loaders
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_dtype
 
 from leakfree.config.schema import DetectionDataConfig
@@ -18,6 +18,7 @@ from leakfree.data.digit_scenes import digit_scenes_path, write_digit_scenes
 from leakfree.data.problems import Problem
 from leakfree.data.samplers import EvaluationBatchSampler, TrainingBatchSampler
 from leakfree.data.transforms import DetectionTransform, sample_generator
+from leakfree.data.workers import Loader
 from leakfree.errors import DataError, choices
 
 __all__ = ["InstanceLoader", "build_dataset", "build_eval_loader", "build_train_loader"]
@@ -101,7 +102,7 @@ def build_eval_loader(
     return _loader(_Samples(dataset, None, 0), sampler, config.num_workers)
 
 
-class InstanceLoader(DataLoader[Any]):
+class InstanceLoader(Loader):
     """A loader of (images, targets): lists of float32 (3, H, W) and of dicts.
 
     Faults of image files arrive here as values, from whichever process met them, so that the user gets the same
@@ -184,10 +185,6 @@ def _loader(
         num_workers=num_workers,
         collate_fn=_collate,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        # Its own: a loader otherwise draws a seed for its processes from the global generator at each start, and a
-        # resumed run would differ from an uninterrupted one in everything random after it.
-        generator=torch.Generator().manual_seed(0),
     )
 
 

@@ -6,8 +6,6 @@ And callbacks for any Lightning training of yours: the schedules of ``leakfree.s
 from __future__ import annotations
 
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,53 +14,81 @@ import lightning.pytorch as L
 import torch
 
 from leakfree.config.schema import TrainerConfig
-from leakfree.distributed import broadcast_object, get_rank
+from leakfree.distributed import all_gather_objects, broadcast_object, get_rank, get_world_size
 from leakfree.errors import ConfigError, LeakfreeError
 from leakfree.input_moments import default_forward
 from leakfree.norms.memorized import double_forward
 from leakfree.schedules import BurnInSchedule, FreezeBN, RenormSchedule
+from leakfree.training.agreement import Agreement
 from leakfree.training.buffers import pooled_statistics
 from leakfree.training.checkpoints import FINAL, checkpoint_name
 from leakfree.training.journal import Journal
-from leakfree.training.logs import LOG, StepBar, track
-from leakfree.training.module import TrainingModule
+from leakfree.training.logs import LOG, StepBar
+from leakfree.training.module import TrainingModule, seed_step
 from leakfree.training.saving import BackgroundCheckpoints
+from leakfree.training.stopping import StopAsked, Stopped, progress
 
 __all__ = ["DoubleForwardCallback", "FreezeBNCallback", "Moments", "ScheduleCallback"]
 
 
 class Moments(L.Callback):
-    """After each step: the journal's row, then an evaluation if one is due, then a checkpoint if one is due.
+    """After each step: the journal's row, then a checkpoint if one is due, then an evaluation if one is due.
 
-    In this order, because rows after a checkpoint are dropped when training goes on from it.
+    In this order, because rows after a checkpoint are dropped when training goes on from it, and an evaluation can be
+    long: one that did not come to its row is done first when training goes on.
+
+    After a signal to any rank all save the same step, and raise Stopped.
 
     Args:
         checkpoints: the trainer's; they are on disk some time after the step that saved them: see
             :meth:`saved_to_disk`.
+        validate_first: the evaluation after the last step of the session before is still to do.
     """
 
     def __init__(
-        self, folder: Path, trainer: TrainerConfig, journal: Journal, bar: StepBar, checkpoints: BackgroundCheckpoints
+        self,
+        folder: Path,
+        trainer: TrainerConfig,
+        journal: Journal,
+        bar: StepBar,
+        agreement: Agreement,
+        checkpoints: BackgroundCheckpoints,
+        *,
+        validate_first: bool,
     ) -> None:
         self.folder = folder
         self.config = trainer
         self.journal = journal
         self.bar = bar
+        self.agreement = agreement
         self.checkpoints = checkpoints
+        self.validate_first = validate_first
         self._lr = 0.0
         self._first = True
-        self._on_terminate = signal.getsignal(signal.SIGTERM)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The part of the journal's next row that is there already, of every rank; all ranks call it."""
+        return {"journal": all_gather_objects(self.journal.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if len(state_dict["journal"]) == get_world_size():  # else the row is one of the steps still to come
+            self.journal.load_state_dict(state_dict["journal"][get_rank()])
 
     def on_train_start(self, trainer: L.Trainer, module: TrainingModule) -> None:  # type: ignore[override]
-        # Lightning's handler talks to the other ranks from inside the signal, which can hang for ever.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._on_terminate)
+        self.agreement.meet()  # for signals that came while it was loading
         self.bar.start()
         self.journal.waiting()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: TrainingModule, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        if self.validate_first:  # here, since each rank has its own statistics only now
+            self.validate_first = False
+            self._validate(module, trainer.global_step)
+            self.journal.waiting()
         self.journal.fetched()
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # of this step: the scheduler moves on before it ends
+
+    def on_before_backward(self, trainer: L.Trainer, module: L.LightningModule, loss: torch.Tensor) -> None:
+        self.agreement.before_exchange(trainer.global_step + 1)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, module: TrainingModule, outputs: Any, batch: Any, batch_idx: int
@@ -71,19 +97,34 @@ class Moments(L.Callback):
         step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         self.journal.stepped(step, module.losses, self._lr)
         self.bar.show(step, module.losses["loss"])
-        if self.config.eval_period and step % self.config.eval_period == 0 and not last:
-            self._validate(module, step)
-        if last or step % self.config.checkpoint_period == 0:
+        signal_name = self.agreement.after_step(step)
+        saved = last or step % self.config.checkpoint_period == 0 or bool(signal_name)
+        if saved:
             self._save(trainer, module, step, FINAL if last else checkpoint_name(step))
         elif self._first and get_rank() == 0:
             self.checkpoints.prepare(_tensors_of(trainer, module))  # optimizers have their state by now
         self._first = False
+        if signal_name:
+            raise self._stopped(signal_name, trainer)
+        if self.config.eval_period and step % self.config.eval_period == 0 and not last:
+            try:
+                self._validate(module, step)
+            except StopAsked as stop:
+                if not saved:
+                    self._save(trainer, module, step, checkpoint_name(step))
+                raise self._stopped(stop.signal_name, trainer) from None
         self.journal.waiting()
+
+    def _stopped(self, signal_name: str, trainer: L.Trainer) -> Stopped:
+        """Once what was saved is on disk, on every rank."""
+        self.saved_to_disk()
+        return Stopped(signal_name, progress(trainer.global_step, trainer.max_steps, self.folder))
 
     def _validate(self, module: TrainingModule, step: int) -> None:
         self.bar.stop()  # the evaluation shows its own
+        seed_step(module.config.seed, step, get_rank())  # whether this session has done the step or not
         with pooled_statistics(module.model):
-            metrics = module.task.validate(track)
+            metrics = module.task.validate(self.agreement.track)
         self.bar.start()
         self.journal.write({"step": step, **metrics})
         if get_rank() == 0:

@@ -55,12 +55,14 @@ class Start:
     Attributes:
         step: completed steps.
         weights: checkpoint to go on from (training) or to evaluate; "" = fresh weights.
+        validate: the evaluation that is due after ``step`` has left no row yet.
         finished: nothing is left to do.
         notices: what the user should read at the top of the log.
     """
 
     step: int = 0
     weights: str = ""
+    validate: bool = False
     finished: bool = False
     notices: tuple[str, ...] = ()
 
@@ -133,8 +135,17 @@ def start_of_training(config: RunConfig, folder: Path, world_size: int, *, resum
     path, notices = newest_valid(folder)
     assert path is not None  # has_work
     step = trained_step(path, config)
-    _cut_metrics(folder, step)
-    return Start(step, str(path), notices=(*notices, f"continuing from {path} ({step} steps done)"))
+    rows = _cut_metrics(folder, step)
+    # journal rows have times, and rows of evaluations have not
+    validated = any(row.get("step") == step and "seconds_per_step" not in row for row in rows)
+    period = config.trainer.eval_period
+    due = period > 0 and step % period == 0 and step < config.schedule.max_steps
+    return Start(
+        step,
+        str(path),
+        validate=due and not validated,
+        notices=(*notices, f"continuing from {path} ({step} steps done)"),
+    )
 
 
 def trained_step(path: Path, config: RunConfig) -> int:
@@ -171,12 +182,13 @@ def _listed(differing: list[tuple[str, Any, Any]], most: int = 6) -> str:
     return "; ".join(shown) + (f"; and {len(differing) - most} more" if len(differing) > most else "")
 
 
-def _cut_metrics(folder: Path, step: int) -> None:
-    """Drop the rows after ``step``: they are about to be written again."""
+def _cut_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the rows after ``step``: they are about to be written again. Returns the others."""
     rows = read_metrics(folder)
     kept = [row for row in rows if row.get("step", 0) <= step]
     if (folder / "metrics.json").exists():
         write_atomic(folder / "metrics.json", "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
 
 
 def interrupted_record(folder: Path) -> None:

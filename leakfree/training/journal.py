@@ -70,6 +70,15 @@ class Journal:
         if step % self.period == 0 or step == self.max_steps:
             self._write_period(step, lr)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the row in the making holds of this rank's steps, to go on with it in another session."""
+        sums = {name: value.detach().cpu() for name, value in self._sums.items()}
+        return {"sums": sums, "steps": list(self._steps), "waits": list(self._waits)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self._steps, self._waits = list(state["steps"]), list(state["waits"])
+
     def _write_period(self, step: int, lr: float) -> None:
         means = self._means()
         row = {

@@ -1,8 +1,9 @@
 """The processes of a run: one per GPU, or several on the CPU of this machine.
 
 ``run_ranks`` starts them and watches over them: the first that fails ends all, Ctrl-C ends all, and
-when this process dies they die with it. Where the processes exist already (torchrun, a Slurm task), it
-joins them instead. Torch-free until a rank starts, so the watching process stays small.
+when this process dies they die with it. A signal to stop is handed on to them, and they end by themselves.
+Where the processes exist already (torchrun, a Slurm task), it joins them instead. Torch-free until a rank
+starts, so the watching process stays small.
 Not here: what a rank does.
 """
 
@@ -21,18 +22,23 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from leakfree import errors
 from leakfree.config.schema import TrainerConfig
 from leakfree.errors import ConfigError, LeakfreeError
+from leakfree.signals import STOP_SIGNALS, held_back
+from leakfree.training.stopping import EXIT_STOPPED, Stopped, listening, received
 
 __all__ = ["RankError", "RankPlan", "plan_ranks", "run_ranks", "threads_per_rank", "usable_cores"]
 
 _GRACE = 3.0  # seconds the other ranks have to tell what they saw, once one has failed
+_STOPPING = 15.0  # seconds the other ranks have to end, once one has stopped with everything saved
+_LOOK = 0.2  # seconds between two looks for a signal
 _LONGEST = 20_000  # characters of a traceback; a pipe holds 64 KiB
 
 
@@ -133,6 +139,8 @@ def run_ranks(plan: RankPlan, function: Callable[..., None], *args: Any) -> None
 
     Raises:
         LeakfreeError: raised by ``function`` on a rank, as it was there.
+        Stopped: raised by ``function`` on a rank, as it was there. While this process is listening
+            (:mod:`leakfree.training.stopping`), a signal to it is one to every rank.
         RankError: a rank failed otherwise or was killed; all others have been ended.
         KeyboardInterrupt: Ctrl-C; all ranks have been ended.
     """
@@ -173,11 +181,12 @@ def _process_group(plan: RankPlan, rank: int, local_rank: int, init_method: str)
 
 @dataclass
 class _Report:
-    """What a failed rank tells: the name of a LeakfreeError, or "" with a traceback."""
+    """What a failed rank tells: the name of a LeakfreeError, or "" with a traceback; or that it stopped."""
 
     when: float
     kind: str
     text: str
+    stopped: Stopped | None = None
 
 
 def _serve(
@@ -201,17 +210,26 @@ def _serve(
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     try:
-        with _process_group(plan, rank, rank, init_method):
-            function(*args)
+        with listening(to_the_end=True):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those that came since this process was started
+            with _process_group(plan, rank, rank, init_method):
+                function(*args)
+    except Stopped as stop:
+        pipe.send(_Report(time.time(), "", str(stop), stop))
+        _leave(EXIT_STOPPED)
     except LeakfreeError as error:
         pipe.send(_Report(time.time(), type(error).__name__, str(error)))
     except BaseException:
         pipe.send(_Report(time.time(), "", traceback.format_exc()[-_LONGEST:]))
     else:
         return
+    _leave(1)
+
+
+def _leave(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)  # not the ordinary way out: threads of a broken process group may wait for ever
+    os._exit(exit_code)  # not the ordinary way out: threads of a broken process group may wait for ever
 
 
 def _die_with(parent: int) -> None:
@@ -239,9 +257,11 @@ def _start(
     plan: RankPlan, init_method: str, function: Callable[..., None], args: tuple[Any, ...]
 ) -> tuple[list[BaseProcess], list[Connection]]:
     context = multiprocessing.get_context("spawn")
+    with held_back(), _tracker_silenced():
+        resource_tracker.ensure_running()  # here, since on its way it lets SIGTERM through
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
-    with _interrupts_ignored(), _tracker_silenced():  # the ranks inherit it: Ctrl-C is for this process alone
+    with _interrupts_ignored(), held_back():  # the ranks inherit it: Ctrl-C is for this process alone
         for rank in range(plan.local_size):
             here, there = context.Pipe(duplex=False)
             process = context.Process(
@@ -282,17 +302,29 @@ def _watch(processes: list[BaseProcess], pipes: list[Connection]) -> dict[int, _
     running = {process.sentinel: rank for rank, process in enumerate(processes)}
     failed: dict[int, _Report | None] = {}
     deadline: float | None = None
+    handed_on = False
     while running:
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
+        if received() and not handed_on:
+            handed_on = True
+            _hand_on(received(), [processes[rank] for rank in running.values()])
+        left = _LOOK if deadline is None else deadline - time.monotonic()
+        if left <= 0:
             break
-        for sentinel in wait(list(running), timeout=left):
+        for sentinel in wait(list(running), timeout=min(left, _LOOK)):
             rank = running.pop(sentinel)  # type: ignore[arg-type]
             processes[rank].join()
             if processes[rank].exitcode != 0:
-                failed[rank] = _received(pipes[rank])
-                deadline = deadline or time.monotonic() + _GRACE
+                report = failed[rank] = _received(pipes[rank])
+                grace = _STOPPING if report and report.stopped else _GRACE
+                deadline = deadline or time.monotonic() + grace
     return failed or None
+
+
+def _hand_on(signal_name: str, processes: list[BaseProcess]) -> None:
+    """Tell the ranks to stop; until they have, this process only waits."""
+    for process in processes:
+        if process.is_alive() and process.pid is not None:  # not reaped: its id cannot be anybody else's
+            os.kill(process.pid, signal.Signals[signal_name])
 
 
 def _received(pipe: Connection) -> _Report | None:
@@ -319,7 +351,8 @@ def _end(processes: list[BaseProcess]) -> None:
 
 
 def _failure(reports: dict[int, _Report | None], exit_codes: list[int | None]) -> Exception:
-    """The error to raise: the user's mistake, else a rank that died, else the first traceback.
+    """The error to raise: the user's mistake, else that the run stopped (what it says is saved), else a rank that died,
+    else the first traceback.
 
     The others mostly saw only that their peer was gone.
     """
@@ -327,6 +360,9 @@ def _failure(reports: dict[int, _Report | None], exit_codes: list[int | None]) -
     for _, _, failure in told:
         if failure.kind:
             return getattr(errors, failure.kind, LeakfreeError)(failure.text)
+    for _, _, end in told:
+        if end.stopped is not None:
+            return end.stopped
     for rank, report in reports.items():
         if report is None:
             return RankError(f"rank {rank} {_death(exit_codes[rank])}; the other ranks have been ended")

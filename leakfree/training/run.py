@@ -20,6 +20,7 @@ from leakfree.training.folder import (
     trained_step,
 )
 from leakfree.training.ranks import RankPlan, plan_ranks, run_ranks
+from leakfree.training.stopping import Stopped, listening, progress
 
 __all__ = ["evaluate", "train"]
 
@@ -41,16 +42,30 @@ def train(config: RunConfig, *, resume: bool = False) -> RunRecord:
     returns its record; one interrupted while evaluating goes on there. So the same command can be given
     again after any interruption.
 
+    SIGUSR2 and SIGTERM, to this process, to any rank or to all processes, stop the run between two steps: all ranks
+    save the same step and end, and the exit code of ``leakfree train`` is 75. A stop before the first step has nothing
+    to save. An evaluation is left at its next batch: one during training is then begun anew by the resume, as is the
+    one at the end. More of these signals change nothing: the run stops once, and never dies of them. While this
+    function runs they do nothing else, and what they did before holds again when it returns; both need it to be
+    called in the main thread. Ctrl-C ends the run at once (exit code 130), as do the signals that cannot be caught;
+    either loses the steps since the newest checkpoint.
+
     Raises:
+        Stopped: on every rank, after such a signal: what is saved is on disk, and the record's status is
+            "interrupted".
         ConfigError, DataError, CheckpointError, RunError: a mistake to correct, told in one line; for the
             output folder: it holds another run, or this one and ``resume`` was not asked for.
         RankError: a rank failed or was killed; it is named, and no other rank is left running.
         KeyboardInterrupt: Ctrl-C, after a line that tells which step is saved.
     """
     plan = plan_ranks(config.trainer)
-    return _run(
-        config, plan, _train_on_rank, lambda folder: start_of_training(config, folder, plan.world_size, resume=resume)
-    )
+    with listening():
+        return _run(
+            config,
+            plan,
+            _train_on_rank,
+            lambda folder: start_of_training(config, folder, plan.world_size, resume=resume),
+        )
 
 
 def evaluate(config: RunConfig) -> RunRecord:
@@ -64,9 +79,11 @@ def evaluate(config: RunConfig) -> RunRecord:
         CheckpointError: there are no weights to evaluate, or they are of another model.
         RunError: ``output_dir`` holds another run, numbers measured otherwise or of another step, or the
             weights are not those of the run in it.
+        Stopped: SIGUSR2 or SIGTERM, see :func:`train`; nothing is recorded.
     """
     plan = plan_ranks(config.trainer)
-    return _run(config, plan, _evaluate_on_rank, lambda folder: start_of_evaluation(config, folder))
+    with listening():
+        return _run(config, plan, _evaluate_on_rank, lambda folder: start_of_evaluation(config, folder))
 
 
 def _train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
@@ -116,7 +133,7 @@ def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> No
 
 @contextmanager
 def _guarded(config: RunConfig) -> Iterator[None]:
-    """Whatever ends the work early, the record says so; Ctrl-C also tells the user how to go on."""
+    """Whatever ends the work early, the record says so; Ctrl-C and a stop also tell the user how to go on."""
     folder = Path(config.output_dir)
     try:
         yield
@@ -125,13 +142,19 @@ def _guarded(config: RunConfig) -> Iterator[None]:
             interrupted_record(folder)
             if isinstance(error, KeyboardInterrupt):
                 _tell_interrupted(config, folder)
+            elif isinstance(error, Stopped):
+                _log(folder, str(error))
         raise
 
 
 def _tell_interrupted(config: RunConfig, folder: Path) -> None:
     saved = list_checkpoints(folder)
-    done = f"step {trained_step(saved[0], config)} of {config.schedule.max_steps} is saved in {folder}" if saved else ""
+    done = progress(trained_step(saved[0], config), config.schedule.max_steps, folder) if saved else ""
     line = f"interrupted: {done or 'nothing is saved yet'}; the same command with --resume goes on from there"
     print(("\n" if sys.stderr.isatty() else "") + line, file=sys.stderr)  # below what a bar left
+    _log(folder, line)
+
+
+def _log(folder: Path, line: str) -> None:
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         log.write(line + "\n")

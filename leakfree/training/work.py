@@ -26,6 +26,7 @@ from leakfree.norms import BatchRenorm, CrossIterationBatchNorm, MemorizedBatchN
 from leakfree.records import RunRecord, read_record, write_record
 from leakfree.schedules import BurnInSchedule, RenormSchedule
 from leakfree.sealed import disk_is_full, read_checkpoint
+from leakfree.training.agreement import Agreement
 from leakfree.training.buffers import pool_statistics
 from leakfree.training.callbacks import DoubleForwardCallback, Moments, ScheduleCallback
 from leakfree.training.checkpoints import Shelf
@@ -33,10 +34,11 @@ from leakfree.training.classification import ClassificationTask
 from leakfree.training.detection import DetectionTask
 from leakfree.training.folder import Start
 from leakfree.training.journal import Journal, peak_memory_mib, timing_of
-from leakfree.training.logs import LOG, StepBar, environment, first_lines, logging_to, result_lines, track
+from leakfree.training.logs import LOG, StepBar, environment, first_lines, logging_to, result_lines
 from leakfree.training.module import TrainingModule, freeze_as_trained, seed_step
 from leakfree.training.ranks import RankPlan, threads_per_rank
 from leakfree.training.saving import BackgroundCheckpoints
+from leakfree.training.stopping import StopAsked, Stopped, progress
 from leakfree.training.tasks import Task
 
 __all__ = ["evaluate_on_rank", "train_on_rank"]
@@ -53,7 +55,7 @@ def _task(name: str) -> Callable[..., Task]:
 
 def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
     """Train from ``start`` to the end, evaluate, and record it; every rank runs this."""
-    with _session(config, plan, start) as session:
+    with _session(config, plan, start, saved=start.step) as session:
         task = _build(config, *(("", ()) if start.weights else _initial_weights(config)))
         session.open(task, steps=start.step)
         module = TrainingModule(task, config)
@@ -63,6 +65,7 @@ def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
             checkpoint = read_checkpoint(start.weights)
             module.load_state_dict(checkpoint["state_dict"])
             freeze_as_trained(task.model, checkpoint)
+        session.saved = config.schedule.max_steps
         task.model.to(session.device)  # Lightning has moved it to the CPU
         pool_statistics(task.model)
         session.evaluate(task)
@@ -71,7 +74,7 @@ def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
 
 def evaluate_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
     """Evaluate the weights of ``start`` and record it; every rank runs this."""
-    with _session(config, plan, start) as session:
+    with _session(config, plan, start, saved=None) as session:
         task = _build(config, start.weights, ())  # the whole of it, whatever a training would start from
         freeze_as_trained(task.model, read_checkpoint(start.weights))
         session.open(task, steps=None)
@@ -94,7 +97,7 @@ def _build(config: RunConfig, weights: str, parts: Sequence[str]) -> Task:
 
 
 @contextmanager
-def _session(config: RunConfig, plan: RankPlan, start: Start) -> Iterator[_Session]:
+def _session(config: RunConfig, plan: RankPlan, start: Start, saved: int | None) -> Iterator[_Session]:
     """Threads, device, log and determinism of this rank, put back afterwards."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), os.environ.get("OMP_NUM_THREADS")
     threads = threads_per_rank(plan, config.trainer.num_threads)
@@ -108,7 +111,12 @@ def _session(config: RunConfig, plan: RankPlan, start: Start) -> Iterator[_Sessi
             os.environ["OMP_NUM_THREADS"] = str(threads)
             if not plan.gpus:  # cheap there, and a resumed run is then the uninterrupted one bit for bit
                 torch.use_deterministic_algorithms(True, warn_only=True)
-            yield _Session(config, folder, device, threads, start)
+            session = _Session(config, folder, device, threads, start, Agreement(), saved)
+            try:
+                session.agreement.meet()  # before minutes go into reading data
+                yield session
+            except StopAsked as stop:
+                raise session.stopped(stop) from None
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"out of GPU memory on rank {get_rank()}: {str(error).splitlines()[0]} Use a smaller "
@@ -131,13 +139,19 @@ def _session(config: RunConfig, plan: RankPlan, start: Start) -> Iterator[_Sessi
 
 @dataclass
 class _Session:
-    """One start of a run on this rank; rank 0 keeps the record."""
+    """One start of a run on this rank; rank 0 keeps the record.
+
+    Attributes:
+        saved: steps of the training that are on disk; None = this is an evaluation alone.
+    """
 
     config: RunConfig
     folder: Path
     device: torch.device
     threads: int
     start: Start
+    agreement: Agreement
+    saved: int | None
     record: RunRecord | None = None
 
     def open(self, task: Task, steps: int | None) -> None:
@@ -182,13 +196,18 @@ class _Session:
         """Measure everything the config asks for; rank 0 adds it to the record."""
         task.model.to(self.device)
         began = time.perf_counter()
-        found = task.evaluate(track)
+        found = task.evaluate(self.agreement.track)
         if self.record is not None:
             self.record.results |= found.results
             self.record.leakage |= found.leakage
             self.record.notes = list(dict.fromkeys([*self.record.notes, *found.notes]))
             self.record.timing["evaluation_seconds"] = time.perf_counter() - began
             self.record.timing.setdefault("peak_memory_mib", peak_memory_mib(self.device))
+
+    def stopped(self, stop: StopAsked) -> Stopped:
+        if self.saved is None:
+            return Stopped(stop.signal_name, "nothing of this evaluation is recorded", "give the same command again")
+        return Stopped(stop.signal_name, progress(self.saved, self.config.schedule.max_steps, self.folder))
 
     def close(self, task: Task) -> None:
         """Record the end, and show the results; all ranks leave together."""
@@ -231,7 +250,15 @@ def _fit(config: RunConfig, plan: RankPlan, start: Start, session: _Session, mod
     journal = Journal(session.folder, config.trainer.log_period, config.schedule.max_steps, start.step, session.device)
     bar = StepBar(config.schedule.max_steps, start.step)
     checkpoints = BackgroundCheckpoints(Shelf(session.folder, config.trainer.keep_checkpoints), session.note_steps)
-    moments = Moments(session.folder, config.trainer, journal, bar, checkpoints)
+    moments = Moments(
+        session.folder,
+        config.trainer,
+        journal,
+        bar,
+        session.agreement,
+        checkpoints,
+        validate_first=start.validate,
+    )
     # before the moments: what a checkpoint holds must be complete
     trainer = _trainer(config, plan, [*_norm_callbacks(module.task, config.schedule), moments], checkpoints)
     batches = _Steps(module.task, start.step, config.schedule.max_steps)
@@ -285,7 +312,7 @@ def _trainer(
         strategy = DDPStrategy(broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True)
     environment = TorchElasticEnvironment() if several else LightningEnvironment()
     local = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ and not several else None
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator="gpu" if plan.gpus else "cpu",
         devices=[local] if plan.gpus and local is not None else plan.local_size,
         num_nodes=plan.num_nodes,
@@ -305,3 +332,13 @@ def _trainer(
         enable_model_summary=False,
         default_root_dir=config.output_dir,
     )
+    # Lightning's handler of SIGTERM talks to the other ranks from inside the signal, which can hang for ever. Before
+    # each step it broadcasts whether there was one, which waits for all ranks and hides that one is gone.
+    # leakfree.training.agreement does all that is to be done.
+    trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+    return trainer
+
+
+def _nothing() -> None:
+    pass
