@@ -71,6 +71,12 @@ class Moments(L.Callback):
         self._lr = 0.0
         self._on_terminate = signal.getsignal(signal.SIGTERM)
 
+    def state_dict(self) -> dict[str, Any]:
+        return self.journal.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.journal.load_state_dict(state_dict)
+
     def on_train_start(self, trainer: L.Trainer, module: TrainingModule) -> None:  # type: ignore[override]
         # Lightning's handler talks to the other ranks from inside the signal, which can hang for ever.
         if threading.current_thread() is threading.main_thread():
