@@ -35,6 +35,7 @@ class _NotConnected(Exception):
 def _serve(pipe: Connection, root: str) -> None:
     sys.path.insert(0, root)
     torch.set_num_threads(1)
+    mp.set_start_method(None, force=True)  # loaders start their processes as anywhere else, not as this one was
     while True:
         task = pipe.recv()
         if task is None:
@@ -73,7 +74,7 @@ def _grow(world_size: int) -> None:
     context = mp.get_context("spawn")
     while len(_workers) < world_size:
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, os.getcwd()), daemon=True)
+        process = context.Process(target=_serve, args=(there, os.getcwd()))  # no daemon: those may have no loaders
         process.start()
         there.close()
         _workers.append((process, here))

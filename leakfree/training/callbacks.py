@@ -14,7 +14,7 @@ import lightning.pytorch as L
 import torch
 
 from leakfree.config.schema import TrainerConfig
-from leakfree.distributed import all_gather_objects, broadcast_object, get_rank, get_world_size
+from leakfree.distributed import broadcast_object, get_rank
 from leakfree.errors import ConfigError, LeakfreeError
 from leakfree.input_moments import default_forward
 from leakfree.norms.memorized import double_forward
@@ -67,12 +67,10 @@ class Moments(L.Callback):
         self._first = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The part of the journal's next row that is there already, of every rank; all ranks call it."""
-        return {"journal": all_gather_objects(self.journal.state_dict())}
+        return self.journal.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if len(state_dict["journal"]) == get_world_size():  # else the row is one of the steps still to come
-            self.journal.load_state_dict(state_dict["journal"][get_rank()])
+        self.journal.load_state_dict(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, module: TrainingModule) -> None:  # type: ignore[override]
         self.agreement.meet()  # for signals that came while it was loading

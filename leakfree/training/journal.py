@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from leakfree.distributed import get_rank, get_world_size, is_distributed
+from leakfree.distributed import all_gather_objects, get_rank, get_world_size, is_distributed
 from leakfree.records import read_metrics
 from leakfree.training.logs import LOG
 
@@ -70,15 +70,6 @@ class Journal:
         if step % self.period == 0 or step == self.max_steps:
             self._write_period(step, lr)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the row in the making holds of this rank's steps, to go on with it in another session."""
-        sums = {name: value.detach().cpu() for name, value in self._sums.items()}
-        return {"sums": sums, "steps": list(self._steps), "waits": list(self._waits)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        self._steps, self._waits = list(state["steps"]), list(state["waits"])
-
     def _write_period(self, step: int, lr: float) -> None:
         means = self._means()
         row = {
@@ -109,6 +100,21 @@ class Journal:
             f"lr: {row['lr']:.4g}  max_mem: {row['peak_memory_mib']:.0f}M"
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The part of the period that is done, of each rank: for a checkpoint in the middle of it. A collective."""
+        sums = {name: value.cpu() for name, value in self._sums.items()}
+        return {"ranks": all_gather_objects({"sums": sums, "step_times": self._steps, "wait_times": self._waits})}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in the period where :meth:`state_dict` was taken. Of another number of ranks each gets the mean."""
+        ranks = state["ranks"]
+        mine = ranks[get_rank() if len(ranks) == get_world_size() else 0]
+        self._steps, self._waits = list(mine["step_times"]), list(mine["wait_times"])
+        self._sums = {name: value.to(self.device) for name, value in mine["sums"].items()}
+        if len(ranks) != get_world_size():
+            for name in self._sums:
+                self._sums[name] = torch.stack([item["sums"][name] for item in ranks]).mean(0).to(self.device)
+
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to ``metrics.json`` and show its numbers in TensorBoard; it must have ``step``."""
         if self._board is None:
@@ -118,6 +124,7 @@ class Journal:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, row["step"])
+        self._board.flush()  # a killed session must not take points with it that its checkpoint is past
 
     def close(self) -> None:
         if self._board is not None:

@@ -200,6 +200,8 @@ def _serve(
 ) -> None:
     os.setpgid(0, 0)  # its loader processes can be ended with it
     _die_with(parent)
+    # Else its loaders start their processes as it was started, and each imports torch again: seconds per loader.
+    multiprocessing.set_start_method(None, force=True)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -301,6 +301,20 @@ def _interrupt_raised() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
+class _ReproducibleSums(DDPStrategy):
+    """Sums gradients over ranks in an order that does not depend on when the session began.
+
+    DDP packs the gradients of its first step otherwise than those after it, which it packs in the order in which that
+    step's backward met them. Where in a pack a number lies decides the order in which three or more ranks add it up.
+    Told the order of the parameters beforehand, DDP packs them so from the first step on.
+    """
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        reducer: Any = self.model.reducer  # type: ignore[union-attr]
+        reducer._push_all_rebuilt_params()
+
+
 def _trainer(
     config: RunConfig, plan: RankPlan, callbacks: list[L.Callback], checkpoints: BackgroundCheckpoints
 ) -> L.Trainer:
@@ -309,7 +323,8 @@ def _trainer(
     if several:
         # Buffers are each rank's own (leakfree.training.buffers). Every trainable parameter is reached on
         # every rank, also by ranks without RoIs, so DDP needs no search for unused ones.
-        strategy = DDPStrategy(broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True)
+        kind = DDPStrategy if plan.gpus else _ReproducibleSums
+        strategy = kind(broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True)
     environment = TorchElasticEnvironment() if several else LightningEnvironment()
     local = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ and not several else None
     trainer = L.Trainer(
