@@ -6,12 +6,8 @@ process at a time. Torch-free: it runs before any rank starts.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,7 @@ from leakfree.errors import CheckpointError, RunError
 from leakfree.records import RunRecord, read_metrics, read_record, write_atomic, write_record
 from leakfree.training.checkpoints import FINAL, list_checkpoints, newest_valid
 
-__all__ = ["Start", "interrupted_record", "locked", "start_of_evaluation", "start_of_training", "trained_step"]
+__all__ = ["Start", "interrupted_record", "start_of_evaluation", "start_of_training", "trained_step"]
 
 # What may change between the sessions of one run: it does not reach the weights or the results.
 _FREE = {
@@ -63,41 +59,6 @@ class Start:
     weights: str = ""
     finished: bool = False
     notices: tuple[str, ...] = ()
-
-
-@contextmanager
-def locked(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make the folder and hold it for this process; a second process is refused.
-
-    The lock belongs to the process, not to its children, and the kernel drops it when the process dies.
-
-    Raises:
-        RunError: another process holds it, or it cannot be made or written.
-    """
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise RunError(f"output_dir: {folder} cannot be used as an output folder ({error.strerror})") from None
-    try:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise RunError(
-                    f"output_dir: {folder} cannot be locked ({error.strerror}); choose a file system with locks"
-                ) from None
-            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
-            raise RunError(
-                f"output_dir: another process (pid {holder or 'unknown'}) is writing to {folder}; "
-                "wait for it, or choose another output_dir"
-            ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield folder
-    finally:
-        os.close(handle)
 
 
 # ------------------------------------------------------------------------------------- training

@@ -14,11 +14,11 @@ from leakfree.training.checkpoints import list_checkpoints
 from leakfree.training.folder import (
     Start,
     interrupted_record,
-    locked,
     start_of_evaluation,
     start_of_training,
     trained_step,
 )
+from leakfree.training.lock import locked
 from leakfree.training.ranks import RankPlan, plan_ranks, run_ranks
 
 __all__ = ["evaluate", "train"]

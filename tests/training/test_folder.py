@@ -1,9 +1,6 @@
 """Who may write into an output folder, and where a run in it goes on."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +15,6 @@ from leakfree.training.checkpoints import FINAL, checkpoint_name, write_checkpoi
 from leakfree.training.folder import (
     Start,
     interrupted_record,
-    locked,
     start_of_evaluation,
     start_of_training,
 )
@@ -131,29 +127,6 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(config, tmp_path):
     start = begin(config, tmp_path)
     assert start.step == 10
     assert "checkpoint_0000020.pt is damaged" in start.notices[0]
-
-
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
-    script = (
-        f"import sys; from leakfree.training.folder import locked\n"
-        f"with locked({str(tmp_path / 'run')!r}): print('in', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
-    )
-    assert holder.stdout.readline() == "in\n"
-    with pytest.raises(RunError, match=rf"another process \(pid {holder.pid}\)"), locked(tmp_path / "run"):
-        pass
-    holder.kill()
-    holder.wait()
-    with locked(tmp_path / "run") as folder:
-        assert folder == tmp_path / "run"
-
-
-def test_a_folder_that_cannot_be(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be used as an output folder"), locked(tmp_path / "file" / "run"):
-        pass
 
 
 def test_only_a_running_record_is_marked_interrupted(config, tmp_path):
