@@ -159,6 +159,11 @@ def _parsers() -> dict[str, _Parser]:
     train = add("train", "Train, evaluate and measure the run of a config.")
     _add_config_flags(train)
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    train.add_argument(
+        "--convert-ranks",
+        action="store_true",
+        help="with --resume: go on with another number of ranks, and keep what is normalized together",
+    )
     train.add_argument("--eval-only", action="store_true", help="the same as 'leakfree evaluate'")
     _add_config_flags(add("evaluate", "Evaluate a trained model under the statistics the config names."))
     check = add("check", "Tell whether a config lets batch statistics leak, and why, before it runs.")
@@ -221,12 +226,14 @@ def _config(args: argparse.Namespace) -> RunConfig:
 def _train(args: argparse.Namespace) -> int:
     if args.eval_only and args.resume:
         raise UsageError("--eval-only and --resume exclude each other: --resume is for training that goes on")
+    if args.convert_ranks and not args.resume:
+        raise UsageError("--convert-ranks is for a run that goes on: add --resume")
     if args.eval_only:
         return _evaluate(args)
     config = _config(args)
     from leakfree.training import train
 
-    train(config, resume=args.resume)
+    train(config, resume=args.resume, convert_ranks=args.convert_ranks)
     return 0
 
 

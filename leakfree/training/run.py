@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -27,7 +28,7 @@ Decide = Callable[[Path], Start]
 Work = Callable[[RunConfig, RankPlan, Start], None]
 
 
-def train(config: RunConfig, *, resume: bool = False) -> RunRecord:
+def train(config: RunConfig, *, resume: bool = False, convert_ranks: bool = False) -> RunRecord:
     """Train the model of ``config``, evaluate it, and return what ``record.json`` then holds.
 
     Starts the ranks that ``config.trainer`` asks for on this machine, or joins those of a launcher.
@@ -41,16 +42,25 @@ def train(config: RunConfig, *, resume: bool = False) -> RunRecord:
     returns its record; one interrupted while evaluating goes on there. So the same command can be given
     again after any interruption.
 
+    Another number of ranks than the run had is refused, unless ``convert_ranks`` asks for it. Then what is normalized
+    together is kept: by ghost groups (``model.images_per_group``) where it was a rank's batch, and as many random
+    groups. The weights of a run with local, ghost or synchronized norms stay those of the undisturbed one but for
+    rounding; random numbers that a rank draws for itself (dropout, sampled RoIs), and losses that it averages over
+    its own RoIs, do not. The record tells it, and afterwards the same config goes on with the new number of ranks.
+
     Raises:
         ConfigError, DataError, CheckpointError, RunError: a mistake to correct, told in one line; for the
-            output folder: it holds another run, or this one and ``resume`` was not asked for.
+            output folder: another process writes to it, it holds another run, or this one and ``resume`` was not
+            asked for, or this one of another number of ranks.
         RankError: a rank failed or was killed; it is named, and no other rank is left running.
         KeyboardInterrupt: Ctrl-C, after a line that tells which step is saved.
     """
     plan = plan_ranks(config.trainer)
-    return _run(
-        config, plan, _train_on_rank, lambda folder: start_of_training(config, folder, plan.world_size, resume=resume)
-    )
+
+    def decide(folder: Path) -> Start:
+        return start_of_training(config, folder, plan.world_size, resume=resume, convert_ranks=convert_ranks)
+
+    return _run(config, plan, _train_on_rank, decide)
 
 
 def evaluate(config: RunConfig) -> RunRecord:
@@ -117,12 +127,12 @@ def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> No
 @contextmanager
 def _guarded(config: RunConfig) -> Iterator[None]:
     """Whatever ends the work early, the record says so; Ctrl-C also tells the user how to go on."""
-    folder = Path(config.output_dir)
+    folder, began = Path(config.output_dir), time.time()
     try:
         yield
     except BaseException as error:
         with suppress(OSError):  # perhaps the disk is full: the first error is the one to tell
-            interrupted_record(folder)
+            interrupted_record(folder, error, began)
             if isinstance(error, KeyboardInterrupt):
                 _tell_interrupted(config, folder)
         raise
