@@ -184,7 +184,7 @@ def _of_norm(key: str, norm: str, options: dict[str, Any], ranks: _Ranks) -> _Pa
         "BatchRenorm": "corrects each rank's batch by that rank's own running averages",
         "CBN": "keeps each rank's own window of past batches",
         "MBN": "keeps each rank's own memory of past batches",
-        "DomainBN": "normalizes each rank's images of a domain by themselves; with norm_options.across_ranks=true it could",
+        "DomainBN": "normalizes each rank's images of a domain apart; with norm_options.across_ranks=true it could",
     }.get(norm, "was registered elsewhere, and what it normalizes together is not known")
     raise RunError(f"{key}: {norm} {reason}")
 

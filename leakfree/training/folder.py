@@ -21,14 +21,7 @@ from leakfree.training.checkpoints import FINAL, list_checkpoints, newest_valid
 from leakfree.training.conversion import Change, Conversion, amended, convert
 from leakfree.training.stopping import Stopped
 
-__all__ = [
-    "Start",
-    "interrupted_record",
-    "sessions_before",
-    "start_of_evaluation",
-    "start_of_training",
-    "trained_step",
-]
+__all__ = ["Start", "interrupted_record", "start_of_evaluation", "start_of_training", "trained_step"]
 
 # What may change between the sessions of one run: it does not reach the weights or the results.
 _FREE = {
@@ -65,6 +58,7 @@ class Start:
         notices: what the user should read at the top of the log.
         changes: of the config, by which this run was converted to another number of ranks, now or before.
         conversion: the one that begins here.
+        sessions: the earlier starts of this training, as its record tells them.
     """
 
     step: int = 0
@@ -73,6 +67,7 @@ class Start:
     notices: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
     conversion: Conversion | None = None
+    sessions: tuple[dict[str, Any], ...] = ()
 
 
 # ------------------------------------------------------------------------------------- training
@@ -100,7 +95,7 @@ def start_of_training(
     if not has_work:
         _cut_metrics(folder, 0)
         notice = f"--resume: {folder} holds no checkpoint, starting from the beginning"
-        return Start(notices=(notice,) if resume else ())
+        return Start(notices=(notice,) if resume else (), sessions=_fruitless(record, config))
     if record is None:
         raise RunError(f"output_dir: {folder} holds checkpoints but no record.json; choose another output_dir")
     if not _is_training(record):
@@ -122,7 +117,22 @@ def start_of_training(
     _cut_metrics(folder, step)
     conversion = None if before == world_size else Conversion(step, before, world_size, changed)
     notices = [*notices, *_without_a_word(record), f"continuing from {path} ({step} steps done)"]
-    return Start(step, str(path), notices=tuple(notices), changes=(*changes, *changed), conversion=conversion)
+    return Start(
+        step,
+        str(path),
+        notices=tuple(notices),
+        changes=(*changes, *changed),
+        conversion=conversion,
+        sessions=tuple(record.sessions),
+    )
+
+
+def _fruitless(record: RunRecord | None, config: RunConfig) -> tuple[dict[str, Any], ...]:
+    """The sessions of ``record`` that left no checkpoint, if they were of this config."""
+    if record is None or not _is_training(record):
+        return ()
+    differing = diff_configs(record.config, config_to_dict(config))
+    return tuple(record.sessions) if all(key in _FREE for key, _, _ in differing) else ()
 
 
 def _changes_of(record: RunRecord) -> tuple[Change, ...]:
@@ -218,15 +228,6 @@ def _ending(error: BaseException | None) -> str:
         return "interrupted"
     lines = str(error).strip().splitlines()
     return f"failed: {lines[0][:300] if lines else type(error).__name__}"
-
-
-def sessions_before(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
-    """The earlier starts of this run, also where they left no checkpoint; none of another config."""
-    record = _record_of(folder)
-    if record is None or not _is_training(record):
-        return []
-    differing = diff_configs(record.config, config_to_dict(amended(config, _changes_of(record))))
-    return record.sessions if all(key in _FREE for key, _, _ in differing) else []
 
 
 # ------------------------------------------------------------------------------------ evaluation

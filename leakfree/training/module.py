@@ -45,6 +45,8 @@ class TrainingModule(L.LightningModule):
         self.task = task
         self.config = config
         self.model = task.model
+        if config.trainer.precision == "64-true":
+            self.double()  # Lightning does so after it has loaded a checkpoint, whose weights would be rounded
         self.losses: dict[str, Tensor] = {}
         self.seconds = 0.0
         self._own_buffers: dict[str, Tensor] = {}

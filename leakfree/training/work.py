@@ -32,7 +32,7 @@ from leakfree.training.checkpoints import disk_is_full, read_checkpoint
 from leakfree.training.classification import ClassificationTask
 from leakfree.training.conversion import Conversion, amended
 from leakfree.training.detection import DetectionTask
-from leakfree.training.folder import Start, sessions_before
+from leakfree.training.folder import Start
 from leakfree.training.journal import Journal, peak_memory_mib, timing_of
 from leakfree.training.lock import slurm_job
 from leakfree.training.logs import LOG, StepBar, environment, first_lines, logging_to, result_lines, track
@@ -169,7 +169,7 @@ class _Session:
                 timing={**(earlier.timing if earlier else {}), "steps": steps},
                 batch=task.describe_batch(found["world_size"]),
                 notes=[*warnings, *(str(Conversion.from_dict(item)) for item in conversions)],
-                sessions=[*sessions_before(self.folder, self.config), self._session(found["world_size"])],
+                sessions=[*self.start.sessions, self._session(found["world_size"])],
                 conversions=conversions,
             )
             save_config(self.config, self.folder / "config.yaml")
