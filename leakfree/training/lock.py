@@ -354,7 +354,7 @@ class _Heart(threading.Thread):
         found = _read(self.folder)
         if found is None:  # removed by hand
             _create(self.folder, self.me)
-        elif found.owner.token == self.me.token:
+        elif found.owner.token in (self.me.token, ""):  # "": it cannot be read now
             os.utime(_path(self.folder))
         else:
             _say(f"{self.folder} has been taken over by {found.seen(time.time())}; this process ends")

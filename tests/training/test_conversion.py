@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from leakfree import cli
 from leakfree.config import config_to_dict, load_config
 from leakfree.config.schema import ClassificationRunConfig, ContrastiveRunConfig, DetectionRunConfig
 from leakfree.errors import RunError
@@ -16,7 +17,7 @@ from leakfree.training.conversion import Conversion, amended, convert
 from tests.classification import conftest as classification
 from tests.contrastive import conftest as contrastive
 from tests.ranks import run_ranks
-from tests.runs import launched, stop_at, weights_of
+from tests.runs import launched, same, stop_at, weights_of
 
 QUIET = [
     "trainer.precision=64-true",
@@ -114,7 +115,8 @@ def test_a_converted_run_goes_on_with_the_same_command_and_back(files, tmp_path)
         "in place of 40, which changes what shares batch statistics; use 2 ranks again, or add --convert-ranks, which "
         "keeps it (model.images_per_group=40)"
     )
-    assert trained(file, run, 1, *settings, resume=True, convert_ranks=True)[0][0] == "finished"
+    command = ["train", "--config-file", str(file), "--resume", f"output_dir={run}", *settings]
+    assert cli.main([*command, "--convert-ranks"]) == 0
     for again in (False, True):  # the flag may stay on the command line
         stop_at(run, 2)
         assert trained(file, run, 1, *settings, resume=True, convert_ranks=again)[0][0] == "finished"
@@ -135,6 +137,27 @@ def test_a_converted_run_goes_on_with_the_same_command_and_back(files, tmp_path)
     config.output_dir = str(run)
     with pytest.raises(RunError, match=r"another config: model\.images_per_group was 40, now 8"):
         train(config, resume=True)
+
+
+def test_a_detector_goes_on_with_the_heads_it_had(config_file, tmp_path):
+    """What ranks sample is their own, so its weights are others; what is normalized together is the same."""
+    settings = [*QUIET, "trainer.precision=32-true", "model.images_per_group=0"]
+    trained(config_file, tmp_path / "run", 2, *settings)
+    stop_at(tmp_path / "run", 2)
+    together = read_record(tmp_path / "run").batch["normalization"]
+    answers = trained(config_file, tmp_path / "run", 1, *settings, resume=True, convert_ranks=True)
+    assert answers[0][0] == "finished"
+    record = read_record(tmp_path / "run")
+    assert record.config["model"]["images_per_group"] == 1
+    assert record.batch["normalization"] == together == {"box head": "1 image", "mask head": "1 image"}
+
+
+def test_a_resume_in_double_precision_rounds_nothing(files, tmp_path):
+    trained(files["classification"], tmp_path / "run", 1, *QUIET)
+    whole = weights_of(tmp_path / "run")
+    stop_at(tmp_path / "run", 2)
+    trained(files["classification"], tmp_path / "run", 1, *QUIET, resume=True)
+    assert same(weights_of(tmp_path / "run"), whole)
 
 
 # ---------------------------------------------------------------------------------------- the config alone

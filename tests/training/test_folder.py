@@ -11,6 +11,7 @@ from leakfree.config import config_to_dict
 from leakfree.config.schema import DetectionRunConfig
 from leakfree.errors import CheckpointError, RunError
 from leakfree.records import RunRecord, read_record, write_record
+from leakfree.training import RankError, Stopped
 from leakfree.training.checkpoints import FINAL, checkpoint_name, write_checkpoint
 from leakfree.training.folder import (
     Start,
@@ -119,6 +120,10 @@ def test_another_number_of_ranks_is_refused_with_the_reason(config, tmp_path):
     leave(tmp_path, config, 10, world_size=2)
     with pytest.raises(RunError, match=r"started on 2 ranks and cannot go on with 4: .* 4 images in place of 8"):
         begin(config, tmp_path, world_size=4)
+    config.model.mask_head.norm = "MBN"
+    leave(tmp_path, config, 10, world_size=2)
+    with pytest.raises(RunError, match=r"use 2 ranks again\. It cannot be converted: model\.backbone\.norm: BN norm"):
+        start_of_training(config, tmp_path, 4, resume=True, convert_ranks=True)
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(config, tmp_path):
@@ -136,6 +141,55 @@ def test_only_a_running_record_is_marked_interrupted(config, tmp_path):
         leave(tmp_path, config, status=status)
         interrupted_record(tmp_path)
         assert read_record(tmp_path).status == after
+
+
+def begun(started, ended=""):
+    return {"started": started, "from_step": 0, "host": "node7", "job": "", "world_size": 1, "ended": ended}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (None, "interrupted"),
+        (KeyboardInterrupt(), "interrupted"),
+        (Stopped("SIGTERM", "step 3 of 9 is saved in run"), "stopped by SIGTERM"),
+        (RankError("rank 1 failed. Its traceback:\nTraceback"), "failed: rank 1 failed. Its traceback:"),
+        (ValueError(), "failed: ValueError"),
+    ],
+)
+def test_a_session_tells_how_it_ended_and_keeps_what_others_told(config, tmp_path, error, words):
+    for sessions, ended in (
+        ([begun(100.0), begun(200.0)], ["", words]),
+        ([begun(100.0), begun(150.0)], ["", ""]),  # killed; the work that ended now never got to its record
+        ([begun(200.0, "finished")], ["finished"]),
+        ([], []),
+    ):
+        leave(tmp_path, config)
+        record = read_record(tmp_path)
+        record.sessions = sessions
+        write_record(tmp_path, record)
+        interrupted_record(tmp_path, error, since=180.0)
+        assert read_record(tmp_path).status == "interrupted"
+        assert [session["ended"] for session in read_record(tmp_path).sessions] == ended
+
+
+def test_sessions_go_on_also_where_they_left_no_checkpoint(config, tmp_path):
+    leave(tmp_path, config)
+    record = read_record(tmp_path)
+    record.sessions = [begun(100.0)]
+    write_record(tmp_path, record)
+    assert begin(config, tmp_path).sessions == (begun(100.0),)
+    config.trainer.num_threads = 2
+    assert begin(config, tmp_path).sessions == (begun(100.0),)
+    leave(tmp_path, config, 10)
+    record.timing["steps"] = 10
+    write_record(tmp_path, record)
+    start = begin(config, tmp_path)
+    assert start.sessions == (begun(100.0),)
+    assert "on node7) ended without a word: killed, or its machine died" in start.notices[0]
+    (tmp_path / checkpoint_name(10)).unlink()
+    config.seed = 5  # another run, which may have the folder
+    assert begin(config, tmp_path) == Start(notices=begin(config, tmp_path).notices)
 
 
 def test_evaluation_takes_the_folder_s_own_weights_or_those_it_is_given(config, tmp_path):
