@@ -176,6 +176,8 @@ def _converted(config: RunConfig, folder: Path, before: int, now: int, asked: bo
     Raises:
         RunError: it was not ``asked`` for, or statistics cannot be kept.
     """
+    if type(before) is not int or before < 1:
+        raise RunError(f"{folder / 'record.json'}: environment.world_size: expected a number of ranks, got {before!r}")
     total = config.trainer.total_batch_size
     refusal = (
         f"output_dir: the run in {folder} was started on {before} ranks and cannot go on with {now}: "

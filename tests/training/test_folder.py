@@ -120,6 +120,9 @@ def test_another_number_of_ranks_is_refused_with_the_reason(config, tmp_path):
     leave(tmp_path, config, 10, world_size=2)
     with pytest.raises(RunError, match=r"started on 2 ranks and cannot go on with 4: .* 4 images in place of 8"):
         begin(config, tmp_path, world_size=4)
+    leave(tmp_path, config, 10, world_size="2")
+    with pytest.raises(RunError, match=r"environment\.world_size: expected a number of ranks, got '2'"):
+        begin(config, tmp_path, world_size=4)
     config.model.mask_head.norm = "MBN"
     leave(tmp_path, config, 10, world_size=2)
     with pytest.raises(RunError, match=r"use 2 ranks again\. It cannot be converted: model\.backbone\.norm: BN norm"):
