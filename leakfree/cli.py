@@ -40,6 +40,10 @@ _EXAMPLES = {
     "compare": """examples:
   leakfree compare output/digits/BNhead_leaky output/digits/SyncBNhead
   leakfree compare output/digits/*head* -o report.html""",
+    "status": """examples:
+  leakfree status output/digits/BNhead_leaky
+  leakfree status output --watch 10
+  leakfree status output/sweep/* --json""",
     "export": """examples:
   leakfree export output/contrastive/imagenet/moco --format torchvision --output resnet50.pt
   leakfree export output/contrastive/imagenet/moco/checkpoint_0100000.pt --format detectron2 --output resnet50.pkl""",
@@ -164,6 +168,11 @@ def _parsers() -> dict[str, _Parser]:
     train = add("train", "Train, evaluate and measure the run of a config.")
     _add_config_flags(train)
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    train.add_argument(
+        "--convert-ranks",
+        action="store_true",
+        help="with --resume: go on with another number of ranks, and keep what is normalized together",
+    )
     train.add_argument("--eval-only", action="store_true", help="the same as 'leakfree evaluate'")
     _add_config_flags(add("evaluate", "Evaluate a trained model under the statistics the config names."))
     check = add("check", "Tell whether a config lets batch statistics leak, and why, before it runs.")
@@ -174,6 +183,11 @@ def _parsers() -> dict[str, _Parser]:
     compare.add_argument("-o", "--output", metavar="FILE", help="also write a self-contained HTML report")
     compare.add_argument("--title", metavar="TEXT", help="heading of the report")
     compare.add_argument("--baseline", metavar="RUN", help="the run that differences refer to")
+    status = add("status", "Show how runs are doing: progress, time left, restarts, alarms; local and on Slurm.")
+    status.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or a folder that holds some")
+    status.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
+    status.add_argument("--watch", type=float, metavar="SECONDS", help="show it again so often, until Ctrl-C")
+    status.add_argument("--strict", action="store_true", help="exit code 1 when a run has an alarm")
     export = add("export", "Write a contrastive run's backbone for torchvision, timm or detectron2.")
     export.add_argument("run", metavar="RUN", help="output folder of a run, or a checkpoint of one")
     export.add_argument(
@@ -226,12 +240,14 @@ def _config(args: argparse.Namespace) -> RunConfig:
 def _train(args: argparse.Namespace) -> int:
     if args.eval_only and args.resume:
         raise UsageError("--eval-only and --resume exclude each other: --resume is for training that goes on")
+    if args.convert_ranks and not args.resume:
+        raise UsageError("--convert-ranks is for a run that goes on: add --resume")
     if args.eval_only:
         return _evaluate(args)
     config = _config(args)
     from leakfree.training import train
 
-    train(config, resume=args.resume)
+    train(config, resume=args.resume, convert_ranks=args.convert_ranks)
     return 0
 
 
@@ -270,6 +286,14 @@ def _compare(args: argparse.Namespace) -> int:
 
     compare(args.runs, args.output, args.title, args.baseline)
     return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from leakfree.launch.status import show_status
+
+    if args.watch is not None and not 0.1 <= args.watch <= 86400:
+        raise UsageError(f"--watch {args.watch:g}: give seconds, from 0.1 to 86400")
+    return show_status(args.runs, as_json=args.json, watch=args.watch, strict=args.strict)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -328,6 +352,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "check": _check,
     "compare": _compare,
+    "status": _status,
     "export": _export,
     "env": _env,
 }

@@ -46,6 +46,11 @@ class RunRecord:
     # "influence" | "composition" | "roi_accuracy/train" | "roi_accuracy/val" | "pairs" -> name -> value
     leakage: dict[str, dict[str, float | None]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    # each start of the training: started (Unix s), from_step, host, job (of Slurm, ""), world_size, and how it ended:
+    # "finished", "stopped by SIGTERM", "interrupted", "failed: ...", "" (it runs, or was killed)
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+    # each change of the number of ranks: step, before, now, changes of the config (key, before, now)
+    conversions: list[dict[str, Any]] = field(default_factory=list)
     format: int = FORMAT
 
 
@@ -129,7 +134,27 @@ def read_record(folder: str | os.PathLike[str]) -> RunRecord:
         raise RunError(f"{path}: not a run's record: it lacks {', '.join(sorted(missing))}")
     if not isinstance(raw.get("format", FORMAT), int) or raw.get("format", FORMAT) > FORMAT:
         raise RunError(f"{path}: written by a newer leakfree (format {raw['format']}, this one reads {FORMAT})")
+    for key, kinds in _ENTRIES.items():
+        _check_entries(path, key, raw.get(key, []), kinds)
     return RunRecord(**{key: value for key, value in raw.items() if key in known})
+
+
+_ENTRIES: dict[str, dict[str, tuple[type, ...]]] = {
+    "sessions": {
+        "started": (int, float), "from_step": (int,), "host": (str,), "job": (str,), "world_size": (int,),
+        "ended": (str,),
+    },
+    "conversions": {"step": (int,), "before": (int,), "now": (int,), "changes": (list,)},
+}  # fmt: skip
+
+
+def _check_entries(path: Path, key: str, entries: Any, kinds: dict[str, tuple[type, ...]]) -> None:
+    whole = isinstance(entries, list) and all(
+        isinstance(entry, dict) and all(type(entry.get(name)) in types for name, types in kinds.items())
+        for entry in entries
+    )
+    if not whole:
+        raise RunError(f"{path}: {key}: expected a list of objects with {', '.join(kinds)}")
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

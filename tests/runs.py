@@ -27,7 +27,7 @@ def stop_at(folder, step):
     (folder / "record.json").write_text(json.dumps({**record, "status": "running"}))
 
 
-def launched(rank, world_size, work, config_file, overrides, resume):
+def launched(rank, world_size, work, config_file, overrides, resume, convert_ranks=False):
     """One rank of a launcher such as torchrun."""
     names = {
         "RANK": rank,
@@ -39,7 +39,7 @@ def launched(rank, world_size, work, config_file, overrides, resume):
     os.environ.update({name: str(value) for name, value in names.items()})
     try:
         config = load_config(config_file, overrides)
-        record = train(config, resume=resume) if work == "train" else evaluate(config)
+        record = train(config, resume=resume, convert_ranks=convert_ranks) if work == "train" else evaluate(config)
         return record.status, record.results
     except (RunError, CheckpointError) as error:
         return str(error)

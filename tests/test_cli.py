@@ -44,6 +44,8 @@ def error_of(capsys, *argv: str) -> str:
         (["train", "--num-gpus", "two"], ["--num-gpus", "'two'"]),
         (["train", "--config-file", "x", "--num-gpus", "1", "--num-processes", "2"], ["exclude each other"]),
         (["train", "--config-file", "x", "--eval-only", "--resume"], ["exclude each other"]),
+        (["train", "--config-file", "x", "--convert-ranks"], ["--convert-ranks", "add --resume"]),
+        (["status"], ["required: RUN"]),
         (["train", "--config-file", "nothing.yaml"], ["nothing.yaml: no such file"]),
         (["evaluate", "--config-file", "x", "--num-nodes", "2"], ["unknown argument '--num-nodes'"]),
         (["check"], ["--config-file FILE is required"]),
@@ -93,7 +95,7 @@ def test_flags_and_overrides_may_stand_anywhere(capsys, config_file, overrides, 
 
 
 def test_help_shows_flags_and_examples_that_parse(capsys):
-    for command in ("train", "evaluate", "check", "compare", "env"):
+    for command in ("train", "evaluate", "check", "compare", "status", "env"):
         assert main([command, "--help"]) == 0
         text = capsys.readouterr().out
         assert "examples:\n  leakfree " + command in text

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from leakfree.distributed import all_gather_objects, all_gather_table, is_distributed
+from leakfree.errors import RunError
 from leakfree.state import buffers_kept
 
-__all__ = ["differing_buffers", "pool_statistics", "pooled_statistics", "pooled_values"]
+__all__ = ["buffers_of_rank", "differing_buffers", "pool_statistics", "pooled_statistics", "pooled_values"]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -123,3 +124,53 @@ def _apart(described: list[tuple[str, torch.dtype, torch.Size]], data: bytes) ->
         found[name] = torch.frombuffer(own, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
         place += size
     return found
+
+
+def buffers_of_rank(kept: list[dict[str, Tensor]], rank: int, world_size: int) -> dict[str, Tensor]:
+    """The buffers of one rank from those that :func:`differing_buffers` found, on as many ranks or on others.
+
+    On another number of ranks, running averages are the mean over those ranks whose images this one now has, by their
+    share of these; those whose layer never saw a sample do not count. Counters are the largest.
+
+    Raises:
+        RunError: on another number of ranks, something else than running averages was each rank's own.
+    """
+    before = len(kept)
+    if before == world_size:
+        return kept[rank]
+    # Of before * world_size slices of a batch, an old rank has world_size and a new one has before.
+    first, last = rank * before, (rank + 1) * before
+    shares = {
+        old: share
+        for old in range(before)
+        if (share := min(last, (old + 1) * world_size) - max(first, old * world_size)) > 0
+    }
+    own: dict[str, Tensor] = {}
+    for name in kept[0]:
+        layer, _, leaf = name.rpartition(".")
+        values = {old: kept[old][name] for old in shares}
+        if leaf == "num_batches_tracked":
+            own[name] = torch.stack(list(values.values())).amax(0)
+        elif leaf in ("running_mean", "running_var"):
+            own[name] = _weighted_mean(values, {old: _weight(kept[old], layer, shares[old]) for old in shares})
+        else:
+            raise RunError(
+                f"{name} is each rank's own: a run with it cannot go on with {world_size} ranks in place of {before}"
+            )
+    return own
+
+
+def _weight(buffers: dict[str, Tensor], layer: str, share: int) -> Tensor:
+    """() or, where a layer has several domains, (D, 1)."""
+    counter = buffers.get(f"{layer}.num_batches_tracked".lstrip("."))
+    if counter is None:  # alike on all ranks
+        return torch.tensor(float(share), dtype=torch.float64)
+    weight = share * (counter > 0).double()
+    return weight[..., None] if weight.ndim else weight
+
+
+def _weighted_mean(values: dict[int, Tensor], weights: dict[int, Tensor]) -> Tensor:
+    first = next(iter(values.values()))
+    total = sum(weights.values(), torch.zeros((), dtype=torch.float64))
+    mean = sum((values[old].double() * weights[old] for old in values), torch.zeros((), dtype=torch.float64))
+    return torch.where(total > 0, mean / total.clamp(min=1), first.double()).to(first.dtype)

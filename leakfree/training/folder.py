@@ -6,12 +6,9 @@ process at a time. Torch-free: it runs before any rank starts.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,10 @@ from leakfree.config.schema import RunConfig
 from leakfree.errors import CheckpointError, RunError
 from leakfree.records import RunRecord, read_metrics, read_record, write_atomic, write_record
 from leakfree.training.checkpoints import FINAL, list_checkpoints, newest_valid
+from leakfree.training.conversion import Change, Conversion, amended, convert
+from leakfree.training.stopping import Stopped
 
-__all__ = ["Start", "interrupted_record", "locked", "start_of_evaluation", "start_of_training", "trained_step"]
+__all__ = ["Start", "interrupted_record", "start_of_evaluation", "start_of_training", "trained_step"]
 
 # What may change between the sessions of one run: it does not reach the weights or the results.
 _FREE = {
@@ -58,6 +57,9 @@ class Start:
         validate: the evaluation that is due after ``step`` has left no row yet.
         finished: nothing is left to do.
         notices: what the user should read at the top of the log.
+        changes: of the config, by which this run was converted to another number of ranks, now or before.
+        conversion: the one that begins here.
+        sessions: the earlier starts of this training, as its record tells them.
     """
 
     step: int = 0
@@ -65,48 +67,23 @@ class Start:
     validate: bool = False
     finished: bool = False
     notices: tuple[str, ...] = ()
-
-
-@contextmanager
-def locked(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make the folder and hold it for this process; a second process is refused.
-
-    The lock belongs to the process, not to its children, and the kernel drops it when the process dies.
-
-    Raises:
-        RunError: another process holds it, or it cannot be made or written.
-    """
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise RunError(f"output_dir: {folder} cannot be used as an output folder ({error.strerror})") from None
-    try:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise RunError(
-                    f"output_dir: {folder} cannot be locked ({error.strerror}); choose a file system with locks"
-                ) from None
-            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
-            raise RunError(
-                f"output_dir: another process (pid {holder or 'unknown'}) is writing to {folder}; "
-                "wait for it, or choose another output_dir"
-            ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield folder
-    finally:
-        os.close(handle)
+    changes: tuple[Change, ...] = ()
+    conversion: Conversion | None = None
+    sessions: tuple[dict[str, Any], ...] = ()
 
 
 # ------------------------------------------------------------------------------------- training
 
 
-def start_of_training(config: RunConfig, folder: Path, world_size: int, *, resume: bool) -> Start:
+def start_of_training(
+    config: RunConfig, folder: Path, world_size: int, *, resume: bool, convert_ranks: bool = False
+) -> Start:
     """Decide where a training in ``folder`` begins, and clear what an interrupted write left behind.
+
+    A run that was converted to another number of ranks is known by the config it was begun with, too.
+
+    Args:
+        convert_ranks: go on with another number of ranks, if what is normalized together can be kept.
 
     Raises:
         RunError: the folder holds other work, or this run's and ``resume`` was not asked for.
@@ -120,18 +97,22 @@ def start_of_training(config: RunConfig, folder: Path, world_size: int, *, resum
     if not has_work:
         _cut_metrics(folder, 0)
         notice = f"--resume: {folder} holds no checkpoint, starting from the beginning"
-        return Start(notices=(notice,) if resume else ())
+        return Start(notices=(notice,) if resume else (), sessions=_fruitless(record, config))
     if record is None:
         raise RunError(f"output_dir: {folder} holds checkpoints but no record.json; choose another output_dir")
     if not _is_training(record):
         raise RunError(f"output_dir: {folder} holds the results of an evaluation; choose another output_dir")
-    _same_run(config, record, folder, world_size)
+    changes = _changes_of(record)
+    config = amended(config, changes)
+    _same_run(config, record, folder)
     if not resume:
         state = "finished" if record.status == "finished" else f"stopped, newest {list_checkpoints(folder)[0].name}"
         remedy = "" if record.status == "finished" else "add --resume to go on from there, or "
         raise RunError(f"output_dir: {folder} already holds this run ({state}); {remedy}choose another output_dir")
     if record.status == "finished":
         return Start(step=config.schedule.max_steps, finished=True, notices=(f"{folder}: this run is finished",))
+    before = record.environment.get("world_size", world_size)
+    changed = _converted(config, folder, before, world_size, convert_ranks) if before != world_size else ()
     path, notices = newest_valid(folder)
     assert path is not None  # has_work
     step = trained_step(path, config)
@@ -140,12 +121,38 @@ def start_of_training(config: RunConfig, folder: Path, world_size: int, *, resum
     validated = any(row.get("step") == step and "seconds_per_step" not in row for row in rows)
     period = config.trainer.eval_period
     due = period > 0 and step % period == 0 and step < config.schedule.max_steps
+    conversion = None if before == world_size else Conversion(step, before, world_size, changed)
+    notices = [*notices, *_without_a_word(record), f"continuing from {path} ({step} steps done)"]
     return Start(
         step,
         str(path),
         validate=due and not validated,
-        notices=(*notices, f"continuing from {path} ({step} steps done)"),
+        notices=tuple(notices),
+        changes=(*changes, *changed),
+        conversion=conversion,
+        sessions=tuple(record.sessions),
     )
+
+
+def _fruitless(record: RunRecord | None, config: RunConfig) -> tuple[dict[str, Any], ...]:
+    """The sessions of ``record`` that left no checkpoint, if they were of this config."""
+    if record is None or not _is_training(record):
+        return ()
+    differing = diff_configs(record.config, config_to_dict(config))
+    return tuple(record.sessions) if all(key in _FREE for key, _, _ in differing) else ()
+
+
+def _changes_of(record: RunRecord) -> tuple[Change, ...]:
+    return tuple(change for raw in record.conversions for change in Conversion.from_dict(raw).changes)
+
+
+def _without_a_word(record: RunRecord) -> list[str]:
+    """What to say of a session that did not tell its end."""
+    if not record.sessions or record.sessions[-1].get("ended"):
+        return []
+    last = record.sessions[-1]
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last["started"]))
+    return [f"the session before ({when} on {last['host']}) ended without a word: killed, or its machine died"]
 
 
 def trained_step(path: Path, config: RunConfig) -> int:
@@ -161,20 +168,37 @@ def _is_training(record: RunRecord) -> bool:
     return record.timing.get("steps") is not None
 
 
-def _same_run(config: RunConfig, record: RunRecord, folder: Path, world_size: int) -> None:
+def _same_run(config: RunConfig, record: RunRecord, folder: Path) -> None:
     differing = [item for item in diff_configs(record.config, config_to_dict(config)) if item[0] not in _FREE]
     if differing:
         raise RunError(
             f"output_dir: {folder} holds a run of another config: {_listed(differing)}; "
             "choose another output_dir, or go back to that config"
         )
-    before = record.environment.get("world_size")
-    if before is not None and before != world_size:
-        raise RunError(
-            f"output_dir: the run in {folder} was started on {before} ranks and cannot go on with {world_size}: "
-            f"each rank would have {config.trainer.total_batch_size // world_size} images in place of "
-            f"{config.trainer.total_batch_size // before}, which changes what shares batch statistics"
-        )
+
+
+def _converted(config: RunConfig, folder: Path, before: int, now: int, asked: bool) -> tuple[Change, ...]:
+    """The changes of ``config`` with which ``now`` ranks can go on.
+
+    Raises:
+        RunError: it was not ``asked`` for, or statistics cannot be kept.
+    """
+    if type(before) is not int or before < 1:
+        raise RunError(f"{folder / 'record.json'}: environment.world_size: expected a number of ranks, got {before!r}")
+    total = config.trainer.total_batch_size
+    refusal = (
+        f"output_dir: the run in {folder} was started on {before} ranks and cannot go on with {now}: "
+        f"each rank would have {total // now} images in place of {total // before}, which changes what shares batch "
+        f"statistics; use {before} ranks again"
+    )
+    try:
+        changes = convert(config, before, now)
+    except RunError as error:
+        raise RunError(f"{refusal}. It cannot be converted: {error}") from None
+    if not asked:
+        kept = ", ".join(f"{key}={value}" for key, _, value in changes)
+        raise RunError(f"{refusal}, or add --convert-ranks, which keeps it" + (f" ({kept})" if kept else ""))
+    return changes
 
 
 def _listed(differing: list[tuple[str, Any, Any]], most: int = 6) -> str:
@@ -191,12 +215,29 @@ def _cut_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
-def interrupted_record(folder: Path) -> None:
-    """Mark the record of a run that did not come to its end."""
+def interrupted_record(folder: Path, error: BaseException | None = None, since: float = 0.0) -> None:
+    """Mark the record of a run that did not come to its end, and tell in its session what ended it.
+
+    Args:
+        error: what ended it; None and Ctrl-C are "interrupted".
+        since: Unix time at which the work began: a session from before is another one's.
+    """
     record = _record_of(folder)
-    if record is not None and record.status == "running":
-        record.status = "interrupted"
-        write_record(folder, record)
+    if record is None or record.status != "running":
+        return
+    record.status = "interrupted"
+    if record.sessions and record.sessions[-1]["started"] >= since and not record.sessions[-1]["ended"]:
+        record.sessions[-1]["ended"] = _ending(error)
+    write_record(folder, record)
+
+
+def _ending(error: BaseException | None) -> str:
+    if isinstance(error, Stopped):
+        return f"stopped by {error.signal_name}"
+    if error is None or isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    lines = str(error).strip().splitlines()
+    return f"failed: {lines[0][:300] if lines else type(error).__name__}"
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -221,6 +262,8 @@ def start_of_evaluation(config: RunConfig, folder: Path) -> Start:
                 f"model.weights: nothing to evaluate: it is empty, and output_dir {folder} holds no training"
             )
         return Start(weights=asked)
+    changes = _changes_of(record)
+    config = amended(config, changes)
     differing = [item for item in diff_configs(record.config, config_to_dict(config)) if not _evaluation_key(item[0])]
     if differing:
         raise RunError(
@@ -245,7 +288,7 @@ def start_of_evaluation(config: RunConfig, folder: Path) -> Start:
             f"output_dir: {folder} has numbers of step {recorded:.0f}, but its newest undamaged checkpoint is "
             f"{path.name}; choose another output_dir, with model.weights={path}"
         )
-    return Start(step, str(path), notices=(*notices, f"evaluating {path}"))
+    return Start(step, str(path), notices=(*notices, f"evaluating {path}"), changes=changes)
 
 
 def _existing(path: str) -> str:

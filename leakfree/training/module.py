@@ -19,7 +19,7 @@ from leakfree.errors import CheckpointError, ConfigError, RunError
 from leakfree.norms import NORMS, ProxyNorm
 from leakfree.schedules import Epochs, FreezeBN, Point, freeze_step, lr_factor
 from leakfree.state import load_buffers
-from leakfree.training.buffers import differing_buffers, pool_statistics, pooled_values
+from leakfree.training.buffers import buffers_of_rank, differing_buffers, pool_statistics, pooled_values
 from leakfree.training.logs import LOG
 from leakfree.training.tasks import Task
 
@@ -45,6 +45,8 @@ class TrainingModule(L.LightningModule):
         self.task = task
         self.config = config
         self.model = task.model
+        if config.trainer.precision == "64-true":
+            self.double()  # Lightning does so after it has loaded a checkpoint, whose weights would be rounded
         self.losses: dict[str, Tensor] = {}
         self.seconds = 0.0
         self._own_buffers: dict[str, Tensor] = {}
@@ -150,7 +152,7 @@ class TrainingModule(L.LightningModule):
         state = checkpoint["leakfree"]
         self.freeze_bn.load_state_dict(state["freeze_bn"])
         self.seconds = state["seconds"]
-        self._own_buffers = state["rank_buffers"][get_rank()]
+        self._own_buffers = buffers_of_rank(state["rank_buffers"], get_rank(), get_world_size())
 
 
 def _freeze_point(schedule: ScheduleConfig) -> Point:

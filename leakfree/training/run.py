@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -14,11 +15,11 @@ from leakfree.training.checkpoints import list_checkpoints
 from leakfree.training.folder import (
     Start,
     interrupted_record,
-    locked,
     start_of_evaluation,
     start_of_training,
     trained_step,
 )
+from leakfree.training.lock import locked
 from leakfree.training.ranks import RankPlan, plan_ranks, run_ranks
 from leakfree.training.stopping import Stopped, listening, progress
 
@@ -28,7 +29,7 @@ Decide = Callable[[Path], Start]
 Work = Callable[[RunConfig, RankPlan, Start], None]
 
 
-def train(config: RunConfig, *, resume: bool = False) -> RunRecord:
+def train(config: RunConfig, *, resume: bool = False, convert_ranks: bool = False) -> RunRecord:
     """Train the model of ``config``, evaluate it, and return what ``record.json`` then holds.
 
     Starts the ranks that ``config.trainer`` asks for on this machine, or joins those of a launcher.
@@ -50,22 +51,28 @@ def train(config: RunConfig, *, resume: bool = False) -> RunRecord:
     called in the main thread. Ctrl-C ends the run at once (exit code 130), as do the signals that cannot be caught;
     either loses the steps since the newest checkpoint.
 
+    Another number of ranks than the run had is refused, unless ``convert_ranks`` asks for it. Then what is normalized
+    together is kept: by ghost groups (``model.images_per_group``) where it was a rank's batch, and as many random
+    groups. The weights of a run with local, ghost or synchronized norms stay those of the undisturbed one but for
+    rounding; random numbers that a rank draws for itself (dropout, sampled RoIs), and losses that it averages over
+    its own RoIs, do not. The record tells it, and afterwards the same config goes on with the new number of ranks.
+
     Raises:
         Stopped: on every rank, after such a signal: what is saved is on disk, and the record's status is
             "interrupted".
         ConfigError, DataError, CheckpointError, RunError: a mistake to correct, told in one line; for the
-            output folder: it holds another run, or this one and ``resume`` was not asked for.
+            output folder: another process writes to it, it holds another run, or this one and ``resume`` was not
+            asked for, or this one of another number of ranks.
         RankError: a rank failed or was killed; it is named, and no other rank is left running.
         KeyboardInterrupt: Ctrl-C, after a line that tells which step is saved.
     """
     plan = plan_ranks(config.trainer)
+
+    def decide(folder: Path) -> Start:
+        return start_of_training(config, folder, plan.world_size, resume=resume, convert_ranks=convert_ranks)
+
     with listening():
-        return _run(
-            config,
-            plan,
-            _train_on_rank,
-            lambda folder: start_of_training(config, folder, plan.world_size, resume=resume),
-        )
+        return _run(config, plan, _train_on_rank, decide)
 
 
 def evaluate(config: RunConfig) -> RunRecord:
@@ -134,12 +141,12 @@ def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> No
 @contextmanager
 def _guarded(config: RunConfig) -> Iterator[None]:
     """Whatever ends the work early, the record says so; Ctrl-C and a stop also tell the user how to go on."""
-    folder = Path(config.output_dir)
+    folder, began = Path(config.output_dir), time.time()
     try:
         yield
     except BaseException as error:
         with suppress(OSError):  # perhaps the disk is full: the first error is the one to tell
-            interrupted_record(folder)
+            interrupted_record(folder, error, began)
             if isinstance(error, KeyboardInterrupt):
                 _tell_interrupted(config, folder)
             elif isinstance(error, Stopped):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +32,11 @@ from leakfree.training.buffers import pool_statistics
 from leakfree.training.callbacks import DoubleForwardCallback, Moments, ScheduleCallback
 from leakfree.training.checkpoints import Shelf
 from leakfree.training.classification import ClassificationTask
+from leakfree.training.conversion import Conversion, amended
 from leakfree.training.detection import DetectionTask
 from leakfree.training.folder import Start
 from leakfree.training.journal import Journal, peak_memory_mib, timing_of
+from leakfree.training.lock import slurm_job
 from leakfree.training.logs import LOG, StepBar, environment, first_lines, logging_to, result_lines
 from leakfree.training.module import TrainingModule, freeze_as_trained, seed_step
 from leakfree.training.ranks import RankPlan, threads_per_rank
@@ -55,6 +58,7 @@ def _task(name: str) -> Callable[..., Task]:
 
 def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
     """Train from ``start`` to the end, evaluate, and record it; every rank runs this."""
+    config = amended(config, start.changes)
     with _session(config, plan, start, saved=start.step) as session:
         task = _build(config, *(("", ()) if start.weights else _initial_weights(config)))
         session.open(task, steps=start.step)
@@ -74,6 +78,7 @@ def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
 
 def evaluate_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
     """Evaluate the weights of ``start`` and record it; every rank runs this."""
+    config = amended(config, start.changes)
     with _session(config, plan, start, saved=None) as session:
         task = _build(config, start.weights, ())  # the whole of it, whatever a training would start from
         freeze_as_trained(task.model, read_checkpoint(start.weights))
@@ -164,7 +169,10 @@ class _Session:
         if known and steps is None:
             self.record = read_record(self.folder)  # an evaluation adds to what is there; the config stays the run's
         else:
-            timing = read_record(self.folder).timing if known and steps else {}
+            earlier = read_record(self.folder) if known and steps else None
+            conversions = [*(earlier.conversions if earlier else [])]
+            if self.start.conversion is not None:
+                conversions.append(self.start.conversion.to_dict())
             findings = check_config(self.config, found["world_size"])
             warnings = [str(finding) for finding in findings if finding.verdict != "safe"]
             self.record = RunRecord(
@@ -174,17 +182,30 @@ class _Session:
                 seed=self.config.seed,
                 config=config_to_dict(self.config),
                 environment=found,
-                timing={**timing, "steps": steps},
+                timing={**(earlier.timing if earlier else {}), "steps": steps},
                 batch=task.describe_batch(found["world_size"]),
-                notes=warnings,
+                notes=[*warnings, *(str(Conversion.from_dict(item)) for item in conversions)],
+                sessions=[*self.start.sessions, self._session(found["world_size"])],
+                conversions=conversions,
             )
             save_config(self.config, self.folder / "config.yaml")
             write_record(self.folder, self.record)
         batch = task.describe_batch(found["world_size"])
         for line in (*first_lines(found, batch, self.folder), *self.start.notices):
             (LOG.warning if "damaged" in line else LOG.info)("%s", line)
-        for line in (*warnings, *task.faults()):
+        converted = [str(self.start.conversion)] if self.start.conversion else []
+        for line in (*converted, *warnings, *task.faults()):
             LOG.warning("%s", line)
+
+    def _session(self, world_size: int) -> dict[str, Any]:
+        return {
+            "started": time.time(),
+            "from_step": self.start.step,
+            "host": socket.gethostname(),
+            "job": slurm_job(),
+            "world_size": world_size,
+            "ended": "",
+        }
 
     def note_steps(self, steps: int, seconds: float) -> None:
         """A checkpoint of ``steps`` steps, which took so long, is on disk."""
@@ -215,6 +236,8 @@ class _Session:
         if self.record is not None:
             if self.record.timing["steps"] in (None, self.config.schedule.max_steps):
                 self.record.status = "finished"
+                if self.record.timing["steps"] is not None and self.record.sessions:
+                    self.record.sessions[-1]["ended"] = "finished"
             self.record.notes = list(dict.fromkeys([*self.record.notes, *faults]))
             write_record(self.folder, self.record)
             for line in (*result_lines(self.record), f"results: {self.folder / 'record.json'}"):

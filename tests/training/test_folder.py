@@ -1,9 +1,6 @@
 """Who may write into an output folder, and where a run in it goes on."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +12,11 @@ from leakfree.config.schema import DetectionRunConfig
 from leakfree.errors import CheckpointError, RunError
 from leakfree.records import RunRecord, read_record, write_record
 from leakfree.sealed import write_checkpoint
+from leakfree.training import RankError, Stopped
 from leakfree.training.checkpoints import FINAL, checkpoint_name
 from leakfree.training.folder import (
     Start,
     interrupted_record,
-    locked,
     start_of_evaluation,
     start_of_training,
 )
@@ -124,6 +121,13 @@ def test_another_number_of_ranks_is_refused_with_the_reason(config, tmp_path):
     leave(tmp_path, config, 10, world_size=2)
     with pytest.raises(RunError, match=r"started on 2 ranks and cannot go on with 4: .* 4 images in place of 8"):
         begin(config, tmp_path, world_size=4)
+    leave(tmp_path, config, 10, world_size="2")
+    with pytest.raises(RunError, match=r"environment\.world_size: expected a number of ranks, got '2'"):
+        begin(config, tmp_path, world_size=4)
+    config.model.mask_head.norm = "MBN"
+    leave(tmp_path, config, 10, world_size=2)
+    with pytest.raises(RunError, match=r"use 2 ranks again\. It cannot be converted: model\.backbone\.norm: BN norm"):
+        start_of_training(config, tmp_path, 4, resume=True, convert_ranks=True)
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(config, tmp_path):
@@ -134,29 +138,6 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(config, tmp_path):
     assert "checkpoint_0000020.pt is damaged" in start.notices[0]
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
-    script = (
-        f"import sys; from leakfree.training.folder import locked\n"
-        f"with locked({str(tmp_path / 'run')!r}): print('in', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
-    )
-    assert holder.stdout.readline() == "in\n"
-    with pytest.raises(RunError, match=rf"another process \(pid {holder.pid}\)"), locked(tmp_path / "run"):
-        pass
-    holder.kill()
-    holder.wait()
-    with locked(tmp_path / "run") as folder:
-        assert folder == tmp_path / "run"
-
-
-def test_a_folder_that_cannot_be(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be used as an output folder"), locked(tmp_path / "file" / "run"):
-        pass
-
-
 def test_only_a_running_record_is_marked_interrupted(config, tmp_path):
     interrupted_record(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -164,6 +145,55 @@ def test_only_a_running_record_is_marked_interrupted(config, tmp_path):
         leave(tmp_path, config, status=status)
         interrupted_record(tmp_path)
         assert read_record(tmp_path).status == after
+
+
+def begun(started, ended=""):
+    return {"started": started, "from_step": 0, "host": "node7", "job": "", "world_size": 1, "ended": ended}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (None, "interrupted"),
+        (KeyboardInterrupt(), "interrupted"),
+        (Stopped("SIGTERM", "step 3 of 9 is saved in run"), "stopped by SIGTERM"),
+        (RankError("rank 1 failed. Its traceback:\nTraceback"), "failed: rank 1 failed. Its traceback:"),
+        (ValueError(), "failed: ValueError"),
+    ],
+)
+def test_a_session_tells_how_it_ended_and_keeps_what_others_told(config, tmp_path, error, words):
+    for sessions, ended in (
+        ([begun(100.0), begun(200.0)], ["", words]),
+        ([begun(100.0), begun(150.0)], ["", ""]),  # killed; the work that ended now never got to its record
+        ([begun(200.0, "finished")], ["finished"]),
+        ([], []),
+    ):
+        leave(tmp_path, config)
+        record = read_record(tmp_path)
+        record.sessions = sessions
+        write_record(tmp_path, record)
+        interrupted_record(tmp_path, error, since=180.0)
+        assert read_record(tmp_path).status == "interrupted"
+        assert [session["ended"] for session in read_record(tmp_path).sessions] == ended
+
+
+def test_sessions_go_on_also_where_they_left_no_checkpoint(config, tmp_path):
+    leave(tmp_path, config)
+    record = read_record(tmp_path)
+    record.sessions = [begun(100.0)]
+    write_record(tmp_path, record)
+    assert begin(config, tmp_path).sessions == (begun(100.0),)
+    config.trainer.num_threads = 2
+    assert begin(config, tmp_path).sessions == (begun(100.0),)
+    leave(tmp_path, config, 10)
+    record.timing["steps"] = 10
+    write_record(tmp_path, record)
+    start = begin(config, tmp_path)
+    assert start.sessions == (begun(100.0),)
+    assert "on node7) ended without a word: killed, or its machine died" in start.notices[0]
+    (tmp_path / checkpoint_name(10)).unlink()
+    config.seed = 5  # another run, which may have the folder
+    assert begin(config, tmp_path) == Start(notices=begin(config, tmp_path).notices)
 
 
 def test_evaluation_takes_the_folder_s_own_weights_or_those_it_is_given(config, tmp_path):
