@@ -30,7 +30,8 @@ from rich.text import Text
 from leakfree.errors import RunError
 from leakfree.launch.slurm import job_facts
 from leakfree.records import RunRecord, read_record
-from leakfree.training.checkpoints import FINAL, damage, list_checkpoints
+from leakfree.sealed import damage
+from leakfree.training.checkpoints import FINAL, list_checkpoints
 from leakfree.training.lock import LockOwner, lock_owner
 
 __all__ = ["RunStatus", "run_status", "show_status"]

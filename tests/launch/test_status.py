@@ -16,8 +16,9 @@ from leakfree.errors import RunError
 from leakfree.launch import status as room
 from leakfree.launch.status import RunStatus, run_status, show_status
 from leakfree.records import RunRecord, read_record, write_record
+from leakfree.sealed import write_checkpoint
 from leakfree.training import train
-from leakfree.training.checkpoints import checkpoint_name, write_checkpoint
+from leakfree.training.checkpoints import checkpoint_name
 from leakfree.training.lock import locked
 from tests.classification.conftest import CONFIG
 from tests.runs import RESUMES
