@@ -80,9 +80,7 @@ class AlternatingMoments(Moments):
         self.order = np.random.default_rng(self.seed)  # alike on all ranks
         self.round: list[str] = []
         self.durations: list[float] = []  # of the steps, from end to end
-        self.saves: list[
-            dict[str, Any]
-        ] = []  # variant, step, seconds of the call, step at whose end the writer was done
+        self.saves: list[dict[str, Any]] = []  # variant, step, seconds, end of the writer (a step)
         self.ended = time.perf_counter()
         self.theirs: dict[str, CheckpointIO] = {LIGHTNING: _Noted(), ASYNC: AsyncCheckpointIO(_Noted())}
         AlternatingMoments.last = self
