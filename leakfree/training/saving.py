@@ -5,8 +5,6 @@ The copy goes to memory that is kept from one checkpoint to the next; a thread o
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,7 +22,7 @@ from leakfree.training.logs import LOG
 
 __all__ = ["BackgroundCheckpoints", "Staging"]
 
-_LOW_PRIORITY = 10  # of a nice value: the steps go first where cores are short
+_LINE = 64  # bytes: memory that begins inside a cache line is slower to copy to
 
 
 class Staging:
@@ -97,10 +95,12 @@ def _room(like: Tensor) -> Tensor:
     """Memory for a copy of ``like`` that is there already, not only promised."""
     if like.is_cuda:
         return torch.empty_like(like, device="cpu", pin_memory=True)
-    memory = np.empty(like.numel() * like.element_size(), np.uint8)  # in large pages, which torch's own is not
+    size = like.numel() * like.element_size()
+    memory = np.empty(size + _LINE, np.uint8)  # in large pages, which torch's own is not
     memory.fill(0)
+    start = -memory.ctypes.data % _LINE
     strides = torch.empty_like(like, device="meta").stride()
-    return torch.from_numpy(memory).view(like.dtype).as_strided(like.shape, strides)
+    return torch.from_numpy(memory[start : start + size]).view(like.dtype).as_strided(like.shape, strides)
 
 
 class BackgroundCheckpoints(CheckpointIO):
@@ -151,7 +151,6 @@ class BackgroundCheckpoints(CheckpointIO):
     def _in_background(self, work: Callable[[], None]) -> None:
         def run() -> None:
             try:
-                _step_back()
                 work()
             except BaseException as error:
                 self._error = error
@@ -197,9 +196,3 @@ class BackgroundCheckpoints(CheckpointIO):
             if error is None:
                 raise
             LOG.error("%s", late)  # the first error is the one to tell
-
-
-def _step_back() -> None:
-    """Let the threads of the training go first where cores are short."""
-    if sys.platform == "linux":  # only there a thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)

@@ -5,7 +5,7 @@ from torch import nn
 
 from leakfree.norms import build_norm, domain
 from leakfree.state import load_buffers
-from leakfree.training.buffers import differing_buffers, pool_statistics, pooled_statistics
+from leakfree.training.buffers import differing_buffers, pool_statistics, pooled_statistics, pooled_values
 from tests.ranks import run_ranks
 
 
@@ -75,3 +75,30 @@ def test_each_domain_is_pooled_over_the_ranks_that_saw_it():
     assert torch.equal(pooled[0], one[0])  # rank 1 did not see it
     torch.testing.assert_close(pooled[1], (one[1] + other[1]) / 2)
     assert not pooled[2].any()
+
+
+def _pool_shared(rank, world_size):
+    shared = nn.BatchNorm1d(3)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    model.register_buffer("odd", torch.tensor([True, False, rank == 1]))
+    model.register_buffer("wide", torch.arange(8.0).view(2, 4).t() + rank)
+    model.register_buffer("none", torch.empty(0))
+    shared(torch.randn(5, 3, generator=torch.Generator().manual_seed(rank)))
+    own = shared.running_mean.clone()
+    return own, pooled_values(model), shared.running_mean.clone(), differing_buffers(model), list(model.state_dict())
+
+
+def test_pooled_values_have_every_name_and_change_nothing():
+    (one, pooled, after, differing, names), (two, *_) = run_ranks(_pool_shared, 2)
+    assert set(names) - set(pooled) == {
+        "odd",
+        "wide",
+        "none",
+        *(f"{x}.{y}" for x in ("a", "b.0") for y in ("weight", "bias")),
+    }
+    torch.testing.assert_close(pooled["b.0.running_mean"], (one + two) / 2)
+    assert torch.equal(pooled["a.running_mean"], pooled["b.0.running_mean"])
+    assert torch.equal(one, after)
+    assert [item["odd"].tolist() for item in differing] == [[True, False, False], [True, False, True]]
+    assert torch.equal(differing[1]["wide"], torch.arange(8.0).view(2, 4).t() + 1)
+    assert "none" not in differing[0]

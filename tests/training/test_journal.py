@@ -1,5 +1,7 @@
 """Rows, lines and timing of a training."""
 
+import json
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -67,3 +69,12 @@ def test_losses_are_averaged_over_ranks_and_written_once(tmp_path, read_rows):
 
 def test_a_timing_without_rows_has_no_medians(tmp_path):
     assert timing_of(tmp_path, 0, 0.0)["seconds_per_step"] is None
+
+
+def test_a_timing_is_of_the_rows_up_to_its_step(tmp_path):
+    rows = [
+        {"step": step, "seconds_per_step": step, "data_seconds_per_step": 0.0, "peak_memory_mib": step}
+        for step in (2, 4)
+    ]
+    (tmp_path / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert timing_of(tmp_path, 3, 1.0)["peak_memory_mib"] == 2  # training goes on while a checkpoint is written

@@ -682,24 +682,25 @@ def at_least_one(text: str) -> int:
 def make_parser(
     description: str, *, ranks: list[int] | None = None, threads: int, shapes: str | None = None
 ) -> argparse.ArgumentParser:
-    """The options that the benchmarks take; those of tensors on ranks only with ``shapes`` and ``ranks``."""
+    """The options that the benchmarks take; those of ranks and of tensors only with ``ranks`` and ``shapes``."""
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--repeats", type=at_least_one, default=15, metavar="N", help="rounds of each comparison (default: 15)")
-    if shapes is not None and ranks is not None:
-        add(
-            "--shape",
-            type=_shape,
-            action="append",
-            metavar="N,C,H,W",
-            help=f"of each rank; may be repeated ({shapes})",
-        )
+    if ranks is not None:
         add(
             "--ranks",
             type=_ranks,
             default=ranks,
             metavar="W,...",
             help=f"numbers of ranks (default: {','.join(map(str, ranks))})",
+        )
+    if shapes is not None:
+        add(
+            "--shape",
+            type=_shape,
+            action="append",
+            metavar="N,C,H,W",
+            help=f"of each rank; may be repeated ({shapes})",
         )
         add("--dtype", choices=sorted(DTYPES), default="float32", help="of the input (default: float32)")
     add(
