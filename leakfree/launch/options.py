@@ -56,7 +56,7 @@ class JobOptions:
     Attributes:
         launcher: slurm: an sbatch job; local: a process in the background of this machine; debug: this process.
         name: of the job; "" = that of its run, or "leakfree" for several.
-        log_dir: where each submission gets a folder of its own (mode 0700): logs, the resolved configs, submitit's files.
+        log_dir: where each submission gets a folder of its own (mode 0700): logs, resolved configs, submitit's files.
         minutes: time limit of a job; None = none given.
         cpus_per_task: CPU cores of each rank; None = the cluster's default.
         mem_gb: memory on each machine, GB; None = the cluster's default.

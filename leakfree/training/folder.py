@@ -103,20 +103,27 @@ def locked(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------- training
 
 
-def start_of_training(config: RunConfig, folder: Path, world_size: int, *, resume: bool) -> Start:
+def start_of_training(
+    config: RunConfig, folder: Path, world_size: int, *, resume: bool, look_only: bool = False
+) -> Start:
     """Decide where a training in ``folder`` begins, and clear what an interrupted write left behind.
+
+    Args:
+        look_only: change nothing: the training begins later, and somebody may be at work there.
 
     Raises:
         RunError: the folder holds other work, or this run's and ``resume`` was not asked for.
         CheckpointError: every checkpoint is damaged.
     """
-    for pattern in _HALF_WRITTEN:
-        for leftover in folder.glob(pattern):
-            leftover.unlink(missing_ok=True)
+    if not look_only:
+        for pattern in _HALF_WRITTEN:
+            for leftover in folder.glob(pattern):
+                leftover.unlink(missing_ok=True)
     record = _record_of(folder)
     has_work = bool(list_checkpoints(folder)) or (record is not None and record.status == "finished")
     if not has_work:
-        _cut_metrics(folder, 0)
+        if not look_only:
+            _cut_metrics(folder, 0)
         notice = f"--resume: {folder} holds no checkpoint, starting from the beginning"
         return Start(notices=(notice,) if resume else ())
     if record is None:
@@ -133,7 +140,8 @@ def start_of_training(config: RunConfig, folder: Path, world_size: int, *, resum
     path, notices = newest_valid(folder)
     assert path is not None  # has_work
     step = trained_step(path, config)
-    _cut_metrics(folder, step)
+    if not look_only:
+        _cut_metrics(folder, step)
     return Start(step, str(path), notices=(*notices, f"continuing from {path} ({step} steps done)"))
 
 
