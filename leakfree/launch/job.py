@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -39,20 +38,21 @@ class Training:
         folder: where the command was given; relative paths of the configs start there.
         cpus_per_task: CPUs asked for each rank; None = the cluster's default.
         preflight_seconds: see :class:`leakfree.launch.options.JobOptions`.
-        work: what a rank does with a config.
     """
 
     configs: tuple[str, ...]
     folder: str
     cpus_per_task: int | None = None
     preflight_seconds: float = 60.0
-    work: Callable[[RunConfig], object] | None = None
 
     def __call__(self) -> int:
-        """Train; in a task of Slurm this ends the process, with the exit codes of the command."""
+        """Train; the exit code of the command, with which a job that failed or stopped also ends the process."""
         os.chdir(self.folder)
-        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        executor = os.environ.get("SUBMITIT_EXECUTOR")
+        if executor == "slurm":
             _SlurmTask(self).run()
+        if executor == "local":
+            self._in_the_background()
         return self.here()
 
     def here(self) -> int:
@@ -75,11 +75,22 @@ class Training:
                 _say(f"leakfree: failed: {error}")
         return max(codes, key=lambda code: (code > 0, -code))  # a failure of ours before a mistake of the user's
 
+    def _in_the_background(self) -> NoReturn:
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_DFL)  # submitit lets them pass; during the training they stop it
+        try:
+            code = self.here()
+        except Stopped as stop:
+            code = 75
+            _say(f"leakfree: {stop}")
+        except KeyboardInterrupt:
+            code = 130
+            _say("leakfree: interrupted")
+        sys.exit(code)
+
     def start(self, config: RunConfig) -> None:
-        if self.work is not None:
-            self.work(config)
-        else:
-            train(config, resume=True)
+        """Train one of them, or go on with it."""
+        train(config, resume=True)
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit keeps for the next start: the same, since the checkpoints are in the output folder."""

@@ -42,6 +42,10 @@ _OWNED = {
     "signal": "--signal-delay",
     "time": "--time",
 }
+_OF_SLURM = (
+    *("minutes", "partition", "constraint", "account", "qos", "cpus_per_task", "mem_gb", "array_parallelism", "sbatch"),
+    *("max_requeues", "signal_delay", "preflight_seconds"),
+)
 _SET_BY_US = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -127,6 +131,11 @@ class JobOptions:
                 f"--signal-delay: {self.signal_delay} seconds before the end is before the start: "
                 f"the time limit is {60 * self.minutes} seconds"
             )
+
+    def for_slurm_only(self) -> list[str]:
+        """The flags of this that mean nothing without Slurm."""
+        default = JobOptions()
+        return [_flag(name) for name in _OF_SLURM if getattr(self, name) != getattr(default, name)]
 
 
 def _flag(field_name: str) -> str:

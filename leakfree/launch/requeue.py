@@ -37,8 +37,8 @@ def judge(signal_name: str, facts: Mapping[str, str], restarts: int) -> Verdict:
         facts: of :func:`leakfree.launch.slurm.job_facts`.
         restarts: how often this job had been restarted when it started here (SLURM_RESTART_COUNT).
 
-    A job that is being ended is COMPLETING whatever the reason. Slurm counts a restart the moment it decides to requeue,
-    and notes a time limit as the reason; what is left was cancelled.
+    A job that is being ended is COMPLETING whatever the reason. Slurm counts a restart the moment it decides to
+    requeue, and notes a time limit as the reason; what is left was cancelled.
     """
     state, reason = facts.get("JobState", ""), facts.get("Reason", "")
     known = facts.get("Restarts", "")
