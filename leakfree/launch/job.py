@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from leakfree.config import RunConfig, load_config
 from leakfree.errors import LeakfreeError
 from leakfree.launch.preflight import place_in_slurm, preflight
-from leakfree.launch.requeue import judge, put_back
+from leakfree.launch.requeue import judge, put_back, time_is_up
 from leakfree.launch.slurm import job_facts
 from leakfree.training import RankError, Stopped, train
 
@@ -37,13 +37,14 @@ class Training:
         configs: files of resolved configs, in the job's own folder.
         folder: where the command was given; relative paths of the configs start there.
         cpus_per_task: CPUs asked for each rank; None = the cluster's default.
-        preflight_seconds: see :class:`leakfree.launch.options.JobOptions`.
+        preflight_seconds, signal_delay: see :class:`leakfree.launch.options.JobOptions`.
     """
 
     configs: tuple[str, ...]
     folder: str
     cpus_per_task: int | None = None
     preflight_seconds: float = 60.0
+    signal_delay: float = 90.0
 
     def __call__(self) -> int:
         """Train; the exit code of the command, with which a job that failed or stopped also ends the process."""
@@ -116,6 +117,7 @@ class _SlurmTask:
     def run(self) -> NoReturn:
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._note)  # until the training takes them, and never inside of a handler
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it before SIGTERM, and submitit tells of it
         try:
             self._train()
             code = 0
@@ -160,11 +162,13 @@ class _SlurmTask:
             return 0
         _say(f"leakfree: stopped by {stop.signal_name}: {stop.where}")
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        verdict = judge(stop.signal_name, job_facts(self.job.job_id), restarts)
+        facts = job_facts(self.job.job_id)
+        verdict = judge(stop.signal_name, facts, restarts)
         _say(f"leakfree: {verdict.why}")
         if not verdict.requeue:
             return verdict.exit_code
-        problem = put_back(self.handler, self.job.job_id)
+        up = time_is_up(facts, self.training.signal_delay)
+        problem = put_back(self.handler, self.job.job_id, time_is_up=up)
         _say(f"leakfree: {problem}" if problem else f"leakfree: job {self.job.job_id} is back in the queue")
         return 75 if problem else 0
 

@@ -446,7 +446,7 @@ def _shared_folder(config: RunConfig, place: Place, store: _Store | None, second
         if store is not None:
             first = store.gather("written", [word, problem] if place.rank == 0 else None)[0]
             word, problem = first
-            seen = problem or place.rank == 0 or _reads(path, word, min(seconds, _FILE_SECONDS))
+            seen = problem or place.rank == 0 or _reads(path, word, min(seconds / 2, _FILE_SECONDS))
             blind = [rank for rank, found in store.gather("read", bool(seen)).items() if not found]
             if blind:
                 problem = (

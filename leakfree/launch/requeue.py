@@ -8,15 +8,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Verdict", "judge", "put_back"]
+__all__ = ["Verdict", "judge", "put_back", "time_is_up"]
 
 # Slurm has put the job back by itself, or will.
 _BACK = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING"}
 _GONE_ON = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
+_EARLY = 90.0  # seconds
 _REASONS = {"TimeLimit", "NodeDown", "Preempted"}
 
 
@@ -57,12 +59,13 @@ def judge(signal_name: str, facts: Mapping[str, str], restarts: int) -> Verdict:
     return Verdict(False, "cancelled by the user: the job is not requeued", exit_code=75)
 
 
-def put_back(handler: Any, job_id: str) -> str:
+def put_back(handler: Any, job_id: str, *, time_is_up: bool) -> str:
     """Requeue this job through submitit: its file for the next start, its countdown of time limits, scontrol.
 
     Args:
         handler: submitit's SignalHandler of this process; None outside of submitit.
         job_id: ``123``, or ``123_4`` for an element of an array: then no other element is touched.
+        time_is_up: whether this one counts; see :func:`time_is_up`.
 
     Returns:
         "" when the job is back in the queue; else why not, with what to do by hand.
@@ -70,11 +73,18 @@ def put_back(handler: Any, job_id: str) -> str:
     by_hand = f"give it by hand: scontrol requeue {job_id} (or launch the same command again with --resume)"
     if handler is None:
         return f"not requeued: submitit did not start this job; {by_hand}"
+    from submitit.core.job_environment import SignalHandler
     from submitit.core.utils import UncompletedJobError
+
+    class Decided(SignalHandler):
+        """submitit's own way to tell takes every end within ten minutes of the limit for a time-out."""
+
+        def has_timed_out(self) -> bool:
+            return time_is_up
 
     sys.stdout.flush()
     try:
-        handler.checkpoint_and_try_requeue(signal.SIGUSR2)
+        Decided(handler.env, handler._job_paths, handler._delayed).checkpoint_and_try_requeue(signal.SIGUSR2)
     except SystemExit:  # how submitit ends a process whose job is requeued
         return ""
     except UncompletedJobError:
@@ -89,3 +99,17 @@ def put_back(handler: Any, job_id: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         return f"not requeued: {error}; {by_hand}"
     return f"not requeued: submitit did not ask for it; {by_hand}"
+
+
+def time_is_up(facts: Mapping[str, str], signal_delay: float, now: float | None = None) -> bool:
+    """Whether a job was stopped for its time limit, not for a preemption: by its end, as Slurm plans it.
+
+    Args:
+        facts: of :func:`leakfree.launch.slurm.job_facts`; where they do not tell the end, it counts as a time limit.
+        signal_delay: seconds before the limit at which the warning was asked for; Slurm may send it a minute early.
+    """
+    try:
+        end = time.mktime(time.strptime(facts.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return True
+    return end - (time.time() if now is None else now) <= signal_delay + _EARLY

@@ -9,8 +9,9 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +146,7 @@ def _training(folder: Path, runs: Sequence[Run], options: JobOptions, first: int
     files = tuple(
         str(save_config(run.config, folder / f"config_{number}.yaml")) for number, run in enumerate(runs, start=first)
     )
-    return Training(files, os.getcwd(), options.cpus_per_task, options.preflight_seconds)
+    return Training(files, os.getcwd(), options.cpus_per_task, options.preflight_seconds, options.signal_delay)
 
 
 # ------------------------------------------------------------------------------------------ Slurm
@@ -157,7 +158,8 @@ def _submit_to_slurm(folder: Path, runs: Sequence[Run], options: JobOptions) -> 
     executor = _slurm_executor(folder, runs, options)
     trainings = [_training(folder, [run], options, number) for number, run in enumerate(runs)]
     try:
-        return [str(job.job_id) for job in executor.submit_array(trainings)]
+        with redirect_stderr(StringIO()):  # submitit shows what sbatch wrote, and then raises it
+            return [str(job.job_id) for job in executor.submit_array(trainings)]
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         raise LaunchError(f"sbatch refuses: {_of_sbatch(str(error))}; nothing was submitted") from error
 
@@ -187,10 +189,10 @@ def _slurm_executor(folder: Path, runs: Sequence[Run], options: JobOptions) -> S
         "gpus_per_node": trainer.num_gpus if trainer.num_gpus and "gres" not in further else None,
         "cpus_per_task": options.cpus_per_task,
         "mem": None if options.mem_gb is None else f"{round(1024 * options.mem_gb)}MB",
-        "partition": options.partition,
-        "constraint": options.constraint,
-        "account": options.account,
-        "qos": options.qos,
+        "partition": options.partition or None,
+        "constraint": options.constraint or None,
+        "account": options.account or None,
+        "qos": options.qos or None,
         "array_parallelism": options.array_parallelism,
         "signal_delay_s": options.signal_delay,
         "stderr_to_stdout": True,
