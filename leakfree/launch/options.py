@@ -126,7 +126,7 @@ class JobOptions:
             _one_line(getattr(self, name) or "", f"--{name}")
         for line in self.setup:
             _one_line(line, "--setup")
-        if self.minutes is not None and self.signal_delay >= 60 * self.minutes:
+        if self.launcher == "slurm" and self.minutes is not None and self.signal_delay >= 60 * self.minutes:
             raise LaunchError(
                 f"--signal-delay: {self.signal_delay} seconds before the end is before the start: "
                 f"the time limit is {60 * self.minutes} seconds"

@@ -177,7 +177,12 @@ def preflight(
         free = _shared_folder(config, place, None, seconds)
         return _summary(began, place, found, None, free)
     with _meeting(place, seconds) as store:
-        found = store.gather("arrived", _mine(place, asked, signals))
+        mine = _mine(place, asked, signals)
+        try:
+            found = store.gather("arrived", mine)
+        except PreflightError:
+            _no_problems({place.rank: mine}, place)  # perhaps why the others are not here
+            raise
         _no_problems(found, place)
         one_machine = len({facts["machine"] for facts in found.values()}) == 1
         if not trainer.num_gpus:
@@ -269,7 +274,7 @@ class _Store:
         """Every rank's value, by rank."""
         self.raw.set(f"{key}/{self.place.rank}", json.dumps(value))
         everyone = [f"{key}/{rank}" for rank in range(self.place.world_size)]
-        missing = self.wait(everyone)
+        missing = self.wait(everyone, self.seconds)
         if missing:
             ranks = [everyone.index(name) for name in missing]
             raise PreflightError(
@@ -279,9 +284,9 @@ class _Store:
             )
         return {rank: json.loads(self.raw.get(name)) for rank, name in enumerate(everyone)}
 
-    def wait(self, keys: list[str], seconds: float | None = None) -> list[str]:
+    def wait(self, keys: list[str], seconds: float) -> list[str]:
         """Those of ``keys`` that nobody has set in time."""
-        end = time.monotonic() + (self.seconds if seconds is None else seconds)
+        end = time.monotonic() + seconds
         missing = list(keys)
         while missing:
             missing = [key for key in missing if not self.raw.check([key])]
@@ -320,9 +325,10 @@ def _meeting(place: Place, seconds: float) -> Iterator[_Store]:
             f"preflight: rank {place.rank} on {place.host_of(place.rank)} could not reach rank 0 at {where} within "
             f"{seconds:.0f} s: rank 0 has not started (see its log), or a firewall is between their machines"
         ) from None
-    store = _Store(raw, place, seconds)
+    store, leaving = _Store(raw, place, seconds), 1.0  # seconds
     try:
         yield store
+        leaving = seconds
     except RuntimeError as error:  # the store itself is gone
         raise PreflightError(
             f"preflight: rank {place.rank} lost rank 0 at {where} ({_first_line(error)}): see the log of rank 0"
@@ -332,7 +338,7 @@ def _meeting(place: Place, seconds: float) -> Iterator[_Store]:
         with suppress(RuntimeError):
             raw.set(f"left/{place.rank}", "")
             if place.rank == 0:
-                store.wait([f"left/{rank}" for rank in range(place.world_size)], seconds=5.0)
+                store.wait([f"left/{rank}" for rank in range(place.world_size)], leaving)
 
 
 def _first_line(error: BaseException) -> str:
