@@ -15,6 +15,8 @@ from tests.launch.cluster import Cluster
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
+TWO_NODES = ["--num-machines", "2", "--num-processes", "1", "--time", "5", "--cpus-per-task", "1"]
+
 # The smallest real run, without what only costs time here.
 CONFIG = """
 task: classification
@@ -72,7 +74,7 @@ def launched(cluster: Cluster, folder: Path, *words: str, training: type[Trainin
     config_file = folder / "tiny.yaml"
     if not config_file.exists():
         config_file.write_text(CONFIG.format(folder=folder))
-    known = {path for path in folder.rglob("launch.json")}
+    known = set(folder.rglob("launch.json"))
     before, submit.Training = submit.Training, training  # type: ignore[misc]
     try:
         assert main(["launch", "--config-file", str(config_file), "--log-dir", str(folder / "jobs"), *words]) == 0
