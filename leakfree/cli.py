@@ -33,7 +33,7 @@ _EXAMPLES = {
       --launcher slurm --partition gpu --time 12:00:00 --cpus-per-task 8""",
     "launch": """examples:
   leakfree launch --config-file configs/classification/digits_BN.yaml --num-processes 2 --launcher local
-  leakfree launch --config-file configs/detection/coco/mask_rcnn_R50_FPN_1x.yaml --num-machines 4 --num-gpus 8 \\
+  leakfree launch --config-file configs/detection/coco/mask_rcnn_R50_FPN_1x.yaml --num-machines 4 --num-gpus 4 \\
       --partition gpu --time 12:00:00 --cpus-per-task 8 --dry-run     # then once more without --dry-run
   leakfree launch --config-file configs/classification/digits_BN.yaml configs/classification/digits_GN.yaml --seeds 5 \\
       --output output/sweep --partition cpu --time 30 --cpus-per-task 2 --array-parallelism 4 optimizer.lr=0.05

@@ -52,10 +52,11 @@ LAUNCHES = [
 
 @pytest.mark.parametrize("line", LAUNCHES)
 def test_launches_are_lines_that_the_command_takes(line, capsys, monkeypatch, tmp_path):
-    """As a dry run without Slurm: all that is checked but the data, which is not here."""
+    """As a dry run without Slurm: all that is checked but the data and weights, which are not here."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("leakfree.launch.validate._check_data", lambda config: None)
+    for name in ("_check_data", "_check_weights"):
+        monkeypatch.setattr(f"leakfree.launch.validate.{name}", lambda config: None)
     words = line.partition(" #")[0].split()
     assert main(["launch", *words, *(["--dry-run"] if "--dry-run" not in words else [])]) == 0
     assert "not submitted" in (out := capsys.readouterr().out) or "not started" in out

@@ -130,7 +130,7 @@ class _SlurmTask:
         except RankError as error:
             code = self._failed(1, f"leakfree: failed: {error}")
         except BaseException:  # told here, in full: what holds other ranks must not hold this process
-            code = self._failed(1, f"leakfree: failed: rank {self.rank}. Its traceback:\n{traceback.format_exc()}")
+            code = self._failed(1, f"leakfree: failed, with this traceback:\n{traceback.format_exc()}")
         _leave(code)
 
     def _train(self) -> None:

@@ -99,4 +99,4 @@ def test_the_traceback_of_any_rank_is_in_the_first_log_and_ends_all(tmp_path, he
     (job,) = launched(here, tmp_path, *TWO_NODES, training=stand_in.Broken)
     job.until("ZeroDivisionError: the loss of rank 1")
     assert job.ended()["JobState"] == "FAILED"
-    assert job.log().count("ZeroDivisionError") == 1
+    assert job.log().count("rank 1: leakfree: failed, with this traceback:") == 1
