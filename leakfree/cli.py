@@ -18,6 +18,7 @@ from typing import NoReturn
 from leakfree import __version__
 from leakfree.config import RunConfig, load_config
 from leakfree.errors import CheckpointError, ConfigError, LeakfreeError, choices
+from leakfree.launch.options import add_flags, given_flags, options_from
 from leakfree.training import RankError, Stopped
 from leakfree.training.stopping import EXIT_STOPPED, listening
 
@@ -28,7 +29,20 @@ _EXAMPLES = {
   leakfree train --config-file configs/detection/digits/pretrain.yaml --num-processes 2
   leakfree train --config-file configs/classification/digits_BN.yaml model.norm=SyncBN output_dir=output/try
   leakfree train --config-file configs/detection/coco/mask_rcnn_R50_FPN_1x.yaml --num-gpus 8 seed=1
-  leakfree train --config-file output/digits/pretrain/config.yaml --resume""",
+  leakfree train --config-file output/digits/pretrain/config.yaml --resume
+  leakfree train --config-file configs/detection/coco/mask_rcnn_R50_FPN_1x.yaml --num-machines 2 --num-gpus 8 \\
+      --launcher slurm --partition gpu --time 12:00:00 --cpus-per-task 8""",
+    "launch": """examples:
+  leakfree launch --config-file configs/classification/digits_BN.yaml --num-processes 2 --launcher local
+  leakfree launch --config-file configs/detection/coco/mask_rcnn_R50_FPN_1x.yaml --num-machines 4 --num-gpus 4 \\
+      --partition gpu --time 12:00:00 --cpus-per-task 8 --dry-run     # then once more without --dry-run
+  leakfree launch --config-file configs/classification/digits_BN.yaml configs/classification/digits_GN.yaml --seeds 5 \\
+      --output output/sweep --partition cpu --time 30 --cpus-per-task 2 --array-parallelism 4 optimizer.lr=0.05
+  leakfree launch --config-file configs/classification/digits_BN.yaml --partition gpu --time 60 --num-gpus 1 \\
+      --sbatch exclude=node07 --env NCCL_DEBUG=WARN --setup 'module load cuda'
+
+Several configs, or --seeds K, become one array job, a run for each. A job that meets its time limit, or is preempted,
+saves itself and is requeued; the same line with --resume goes on after any other end. See docs/cluster.md.""",
     "evaluate": """examples:
   leakfree evaluate --config-file output/digits/BNhead_leaky/config.yaml
   leakfree evaluate --config-file output/digits/BNhead_leaky/config.yaml \\
@@ -104,6 +118,7 @@ def _run(argv: list[str], own: bool) -> int:
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise UsageError(f"leakfree {name}: unknown argument {unknown[0]!r}; flags: {choices(unknown[0], flags)}")
+    args.words = argv
     if name not in ("train", "evaluate"):
         return _COMMANDS[name](args)
     with listening(to_the_end=own):  # so that no later signal changes the exit code
@@ -168,12 +183,18 @@ def _parsers() -> dict[str, _Parser]:
     train = add("train", "Train, evaluate and measure the run of a config.")
     _add_config_flags(train)
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
-    train.add_argument(
-        "--convert-ranks",
-        action="store_true",
-        help="with --resume: go on with another number of ranks, and keep what is normalized together",
-    )
+    _add_convert_ranks(train)
     train.add_argument("--eval-only", action="store_true", help="the same as 'leakfree evaluate'")
+    add_flags(train, default_launcher=None)
+    launch = add("launch", "Train on a cluster or in the background: one run, or an array of configs and seeds.")
+    _add_config_flags(launch, several=True)
+    launch.add_argument("--seeds", type=int, metavar="K", help="seeds 0, 1, ... K-1 of each config")
+    launch.add_argument(
+        "--output", metavar="DIR", help="a folder for each run in DIR, named by its config's file (and _seedK)"
+    )
+    launch.add_argument("--resume", action="store_true", help="go on with what lies in the output folders")
+    _add_convert_ranks(launch)
+    add_flags(launch, default_launcher="slurm")
     _add_config_flags(add("evaluate", "Evaluate a trained model under the statistics the config names."))
     check = add("check", "Tell whether a config lets batch statistics leak, and why, before it runs.")
     _add_config_flags(check)
@@ -198,8 +219,19 @@ def _parsers() -> dict[str, _Parser]:
     return parsers
 
 
-def _add_config_flags(parser: _Parser) -> None:
-    parser.add_argument("--config-file", metavar="FILE", help="the run's YAML file (required)")
+def _add_convert_ranks(parser: _Parser) -> None:
+    parser.add_argument(
+        "--convert-ranks",
+        action="store_true",
+        help="with --resume: go on with another number of ranks, and keep what is normalized together",
+    )
+
+
+def _add_config_flags(parser: _Parser, several: bool = False) -> None:
+    if several:
+        parser.add_argument("--config-file", metavar="FILE", nargs="+", help="YAML files, one run for each (required)")
+    else:
+        parser.add_argument("--config-file", metavar="FILE", help="the run's YAML file (required)")
     parser.add_argument("--num-machines", type=int, metavar="M", help="machines: trainer.num_machines=M")
     parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on GPUs of each: trainer.num_gpus=N")
     parser.add_argument(
@@ -217,6 +249,12 @@ def _add_config_flags(parser: _Parser) -> None:
 
 
 def _config(args: argparse.Namespace) -> RunConfig:
+    overrides = _overrides(args)
+    return load_config(args.config_file, overrides)
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """The overrides of the line, its flags for ranks among them."""
     if not args.config_file:
         raise UsageError("--config-file FILE is required, like --config-file configs/detection/coco/...yaml")
     if args.num_gpus is not None and args.num_processes is not None:
@@ -234,21 +272,63 @@ def _config(args: argparse.Namespace) -> RunConfig:
     values = {key: flag.split()[1] for key, flag in flags.items()}
     if args.num_processes is not None:
         values["trainer.num_gpus"] = "0"
-    return load_config(args.config_file, [*(f"{key}={value}" for key, value in values.items()), *args.overrides])
+    return [*(f"{key}={value}" for key, value in values.items()), *args.overrides]
 
 
 def _train(args: argparse.Namespace) -> int:
+    _check_convert_ranks(args)
     if args.eval_only and args.resume:
         raise UsageError("--eval-only and --resume exclude each other: --resume is for training that goes on")
-    if args.convert_ranks and not args.resume:
-        raise UsageError("--convert-ranks is for a run that goes on: add --resume")
+    if args.launcher is None and (flags := given_flags(args)):
+        raise UsageError(f"{flags[0]} is for jobs: add --launcher slurm, or give it to 'leakfree launch'")
+    if args.eval_only and args.launcher is not None:
+        raise UsageError(
+            "--eval-only and --launcher exclude each other: jobs are trainings, which end in an evaluation"
+        )
     if args.eval_only:
         return _evaluate(args)
+    if args.launcher is not None:
+        return _launch_runs(args, [args.config_file])
     config = _config(args)
     from leakfree.training import train
 
     train(config, resume=args.resume, convert_ranks=args.convert_ranks)
     return 0
+
+
+def _check_convert_ranks(args: argparse.Namespace) -> None:
+    if args.convert_ranks and not args.resume:
+        raise UsageError("--convert-ranks is for a run that goes on: add --resume")
+
+
+def _launch(args: argparse.Namespace) -> int:
+    _check_convert_ranks(args)
+    words = args.config_file or []
+    args.overrides = [*(word for word in words if _is_override(word)), *args.overrides]
+    return _launch_runs(args, [word for word in words if not _is_override(word)])
+
+
+def _is_override(word: str) -> bool:
+    """--config-file takes all words up to the next flag."""
+    return "=" in word and not Path(word).exists()
+
+
+def _launch_runs(args: argparse.Namespace, sources: list[str]) -> int:
+    overrides = _overrides(args)
+    options = options_from(args)
+    from leakfree.launch import launch
+
+    return launch(
+        sources,
+        overrides,
+        options,
+        seeds=getattr(args, "seeds", None),
+        output=getattr(args, "output", None),
+        resume=args.resume,
+        convert_ranks=args.convert_ranks,
+        dry_run=bool(args.dry_run),
+        command=["leakfree", *args.words],
+    )
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -349,6 +429,7 @@ def _accelerators() -> list[tuple[str, str]]:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
+    "launch": _launch,
     "evaluate": _evaluate,
     "check": _check,
     "compare": _compare,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from leakfree.cli import main
 from leakfree.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,25 @@ def test_commands_name_configs_and_keys_that_exist(line):
     words = line.partition("#")[0].split()
     overrides = [word for word in words if "=" in word]
     load_config(str(ROOT / words[words.index("--config-file") + 1]), overrides)
+
+
+LAUNCHES = [
+    line
+    for page in PAGES
+    for line in re.findall(r"^leakfree launch (.*)$", page.read_text().replace("\\\n", " "), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("line", LAUNCHES)
+def test_launches_are_lines_that_the_command_takes(line, capsys, monkeypatch, tmp_path):
+    """As a dry run without Slurm: all that is checked but the data and weights, which are not here."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("_check_data", "_check_weights"):
+        monkeypatch.setattr(f"leakfree.launch.validate.{name}", lambda config: None)
+    words = line.partition(" #")[0].split()
+    assert main(["launch", *words, *(["--dry-run"] if "--dry-run" not in words else [])]) == 0
+    assert "not submitted" in (out := capsys.readouterr().out) or "not started" in out
 
 
 def test_the_two_commands_are_shown_and_exist():

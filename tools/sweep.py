@@ -24,15 +24,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from leakfree.config import load_config
 from leakfree.errors import LeakfreeError
+from leakfree.launch.runs import expand_runs
 from leakfree.records import read_metrics, read_record
 from leakfree.report import compare
 from leakfree.training.ranks import usable_cores
 
 __all__ = ["Run", "guarded", "work"]
-
-_INSTEAD = {"output_dir": "--output", "seed": "--seeds"}
 
 
 @dataclass
@@ -179,22 +177,14 @@ def main() -> int:
     console = Console(soft_wrap=True)
     overrides = [word for word in arguments.configs if "=" in word]
     files = [Path(word) for word in arguments.configs if "=" not in word]
-    for word in overrides:
-        if (key := word.partition("=")[0].strip()) in ("output_dir", "seed"):
-            parser.error(f"{word}: {key} is another one for each run; use {_INSTEAD[key]}")
-    if not files or arguments.seeds < 1:
-        parser.error("no run asked for: give config files, and --seeds of at least 1")
-    stems = [path.stem for path in files]
-    if twice := [str(path) for path in files if stems.count(path.stem) > 1]:
-        parser.error(f"runs are named by their config's file, and these have one name: {', '.join(twice)}")
+    if not files:
+        parser.error("no run asked for: give config files")
 
     def sweep() -> None:
-        runs = []
-        for path in files:
-            config = load_config(path, overrides)  # mistakes show before anything starts
-            for seed in range(arguments.seeds):
-                folder = arguments.output / (path.stem + (f"_seed{seed}" if seed else ""))
-                runs.append(Run(path, folder, [*overrides, f"seed={seed}"], config.trainer.num_processes))
+        runs = [
+            Run(run.source, run.folder, [*overrides, f"seed={run.config.seed}"], run.config.trainer.num_processes)
+            for run in expand_runs(files, overrides, seeds=arguments.seeds, output=arguments.output)
+        ]  # mistakes show before anything starts
         cores = arguments.jobs or max(1, int(usable_cores()))
         console.print(f"{len(runs)} runs on {cores} cores; logs in {arguments.output}/RUN/log.txt")
         work(runs, cores, console)

@@ -10,9 +10,10 @@ from leakfree.data.labelled import (
     build_image_loader,
     build_images,
     compose_batches,
+    images_path,
     training_sampler,
 )
-from leakfree.data.loaders import InstanceLoader, build_dataset, build_eval_loader, build_train_loader
+from leakfree.data.loaders import InstanceLoader, build_dataset, build_eval_loader, build_train_loader, coco_paths
 from leakfree.data.masks import decode_masks, encode_mask, mask_polygons, segmentation_to_rle
 from leakfree.data.problems import Problem, Problems
 from leakfree.data.samplers import EvaluationBatchSampler, SameClassBatchSampler, TrainingBatchSampler
@@ -39,10 +40,12 @@ __all__ = [
     "build_image_loader",
     "build_images",
     "build_train_loader",
+    "coco_paths",
     "compose_batches",
     "decode_masks",
     "digit_scenes_path",
     "encode_mask",
+    "images_path",
     "mask_polygons",
     "read_image",
     "sample_generator",

@@ -22,7 +22,7 @@ from torch import Tensor
 from leakfree.data.digits import Split
 from leakfree.errors import DataError
 
-__all__ = ["CIFAR", "Cifar", "read_cifar"]
+__all__ = ["CIFAR", "Cifar", "cifar_folder", "read_cifar"]
 
 SIDE = 32  # pixels
 _ROW = 3 * SIDE * SIDE
@@ -74,16 +74,26 @@ def read_cifar(name: str, path: Path, split: Split) -> Cifar:
     Raises:
         DataError: a file that is missing, damaged, names anything but arrays, or does not hold what it should.
     """
+    layout, folder = CIFAR[name], cifar_folder(name, path)
+    classes = _class_names(folder / layout.names[0], layout)
+    parts = [_read_part(folder / file, layout, len(classes)) for file in layout.files[split]]
+    pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Cifar(torch.from_numpy(pixels), labels, classes)
+
+
+def cifar_folder(name: str, path: Path) -> Path:
+    """The folder of the files, which ``path`` is or holds.
+
+    Raises:
+        DataError: it is not there.
+    """
     layout = CIFAR[name]
     folder = path if path.name == layout.folder else path / layout.folder
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder; unpack {layout.archive} in {folder.parent}, or name the folder it is in"
         )
-    classes = _class_names(folder / layout.names[0], layout)
-    parts = [_read_part(folder / file, layout, len(classes)) for file in layout.files[split]]
-    pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Cifar(torch.from_numpy(pixels), labels, classes)
+    return folder
 
 
 def _class_names(path: Path, layout: _Layout) -> list[str]:

@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
 from leakfree.config.schema import ClassificationDataConfig, ImagesConfig, LabelledDataConfig
-from leakfree.data.cifar import CIFAR, read_cifar
+from leakfree.data.cifar import CIFAR, cifar_folder, read_cifar
 from leakfree.data.digits import SPLITS, Split, digit_images, digits_of
 from leakfree.data.images import read_image
 from leakfree.data.samplers import SameClassBatchSampler, TrainingBatchSampler
@@ -37,6 +37,7 @@ __all__ = [
     "build_image_loader",
     "build_images",
     "compose_batches",
+    "images_path",
     "training_sampler",
 ]
 
@@ -120,14 +121,9 @@ def build_images(config: LabelledDataConfig, split: Split) -> LabelledImages:
     if part.name == "digits":
         labels = digit_images()[1][digits_of(split)].astype(np.int64)
         return LabelledImages([str(value) for value in range(10)], labels, part, domains, split, _DigitReader(split))
-    key, path = f"data.{split}.path", Path(config.root) / part.path
+    key, path = f"data.{split}.path", images_path(config, split)
     if part.name in CIFAR:
         return _cifar(part, path, key, domains, split)
-    if not part.path:
-        raise DataError(f"{key} is empty; give a folder, absolute or relative to data.root ({config.root})")
-    if not path.is_dir():
-        there = "it is not a folder" if path.exists() else "it does not exist"
-        raise DataError(f"{key}: {path}: {there}; put the images there, or set {key} or data.root")
     try:
         folder = ImageFolder(str(path))
     except (FileNotFoundError, OSError) as error:
@@ -139,6 +135,27 @@ def build_images(config: LabelledDataConfig, split: Split) -> LabelledImages:
     return LabelledImages(
         list(folder.classes), np.array(labels, dtype=np.int64), part, domains, split, _FileReader(files)
     )
+
+
+def images_path(config: LabelledDataConfig, split: Split) -> Path:
+    """The folder of a split on disk; nothing in it is read.
+
+    Raises:
+        DataError: it is not named, or not there.
+    """
+    part: ImagesConfig = getattr(config, split)
+    key, path = f"data.{split}.path", Path(config.root) / part.path
+    if part.name in CIFAR:
+        try:
+            return cifar_folder(part.name, path)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from None
+    if not part.path:
+        raise DataError(f"{key} is empty; give a folder, absolute or relative to data.root ({config.root})")
+    if not path.is_dir():
+        there = "it is not a folder" if path.exists() else "it does not exist"
+        raise DataError(f"{key}: {path}: {there}; put the images there, or set {key} or data.root")
+    return path
 
 
 def _cifar(part: ImagesConfig, path: Path, key: str, domains: list[str], split: Split) -> LabelledImages:

@@ -21,7 +21,7 @@ from leakfree.data.transforms import DetectionTransform, sample_generator
 from leakfree.data.workers import Loader
 from leakfree.errors import DataError, choices
 
-__all__ = ["InstanceLoader", "build_dataset", "build_eval_loader", "build_train_loader"]
+__all__ = ["InstanceLoader", "build_dataset", "build_eval_loader", "build_train_loader", "coco_paths"]
 
 NAMES = ("coco", "digit_scenes")
 
@@ -48,10 +48,7 @@ def build_dataset(config: DetectionDataConfig, split: Literal["train", "val"], *
         folder = write_digit_scenes(digit_scenes_path(config.root, part.digits, split), part.digits, split)
         images, annotations = folder / "images", folder / "instances.json"
     else:
-        images = _path(config, part.images, f"data.{split}.images", "the folder of the images")
-        annotations = _path(config, part.annotations, f"data.{split}.annotations", "the instances JSON")
-        _require(images.is_dir(), images, f"data.{split}.images", "folder")
-        _require(annotations.is_file(), annotations, f"data.{split}.annotations", "file")
+        images, annotations = coco_paths(config, split)
     dataset = CocoInstances(
         images, annotations, on_error=config.on_error, masks=masks, keep_empty=split == "val" or config.keep_empty
     )
@@ -59,6 +56,20 @@ def build_dataset(config: DetectionDataConfig, split: Literal["train", "val"], *
         wanted = "image" if split == "val" or config.keep_empty else "image with an object (see data.keep_empty)"
         raise DataError(f"data.{split}: {annotations} leaves no {wanted}; {dataset.problems}")
     return dataset
+
+
+def coco_paths(config: DetectionDataConfig, split: Literal["train", "val"]) -> tuple[Path, Path]:
+    """The folder of the images and the instances JSON of a split on disk; nothing in them is read.
+
+    Raises:
+        DataError: one is not named, or not there.
+    """
+    part = getattr(config, split)
+    images = _path(config, part.images, f"data.{split}.images", "the folder of the images")
+    annotations = _path(config, part.annotations, f"data.{split}.annotations", "the instances JSON")
+    _require(images.is_dir(), images, f"data.{split}.images", "folder")
+    _require(annotations.is_file(), annotations, f"data.{split}.annotations", "file")
+    return images, annotations
 
 
 def build_train_loader(

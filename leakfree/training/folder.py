@@ -76,7 +76,13 @@ class Start:
 
 
 def start_of_training(
-    config: RunConfig, folder: Path, world_size: int, *, resume: bool, convert_ranks: bool = False
+    config: RunConfig,
+    folder: Path,
+    world_size: int,
+    *,
+    resume: bool,
+    convert_ranks: bool = False,
+    look_only: bool = False,
 ) -> Start:
     """Decide where a training in ``folder`` begins, and clear what an interrupted write left behind.
 
@@ -84,18 +90,21 @@ def start_of_training(
 
     Args:
         convert_ranks: go on with another number of ranks, if what is normalized together can be kept.
+        look_only: change nothing: the training begins later, and somebody may be at work there.
 
     Raises:
         RunError: the folder holds other work, or this run's and ``resume`` was not asked for.
         CheckpointError: every checkpoint is damaged.
     """
-    for pattern in _HALF_WRITTEN:
-        for leftover in folder.glob(pattern):
-            leftover.unlink(missing_ok=True)
+    if not look_only:
+        for pattern in _HALF_WRITTEN:
+            for leftover in folder.glob(pattern):
+                leftover.unlink(missing_ok=True)
     record = _record_of(folder)
     has_work = bool(list_checkpoints(folder)) or (record is not None and record.status == "finished")
     if not has_work:
-        _cut_metrics(folder, 0)
+        if not look_only:
+            _cut_metrics(folder, 0)
         notice = f"--resume: {folder} holds no checkpoint, starting from the beginning"
         return Start(notices=(notice,) if resume else (), sessions=_fruitless(record, config))
     if record is None:
@@ -116,7 +125,7 @@ def start_of_training(
     path, notices = newest_valid(folder)
     assert path is not None  # has_work
     step = trained_step(path, config)
-    rows = _cut_metrics(folder, step)
+    rows = read_metrics(folder) if look_only else _cut_metrics(folder, step)
     # journal rows have times, and rows of evaluations have not
     validated = any(row.get("step") == step and "seconds_per_step" not in row for row in rows)
     period = config.trainer.eval_period

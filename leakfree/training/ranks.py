@@ -115,7 +115,9 @@ def _from_launcher(name: str, low: int) -> int:
 
 
 def threads_per_rank(plan: RankPlan, wanted: int) -> int:
-    """CPU threads of each rank: ``wanted``, or the cores this job may use shared by its local ranks."""
+    """CPU threads of each rank: ``wanted``, or its cores: those Slurm gave it, or a local rank's share of all."""
+    if not wanted and plan.joined and (own := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
+        return max(1, math.floor(min(int(own), usable_cores())))  # a task sees its own cores alone, or those of all
     return wanted or max(1, math.floor(usable_cores() / plan.local_size))
 
 

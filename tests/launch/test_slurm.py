@@ -1,14 +1,6 @@
 """What Slurm says of a job, asked of a real controller."""
 
-import pytest
-
 from leakfree.launch.slurm import job_facts
-
-
-@pytest.fixture
-def here(cluster, monkeypatch):
-    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    return cluster
 
 
 def test_the_facts_of_a_job_from_its_start_to_its_end(here):

@@ -1,0 +1,70 @@
+"""The launchers that need no cluster: this process, and a process in the background of this machine."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from leakfree.cli import main
+from tests.launch.jobs import CONFIG
+from tests.runs import same, weights_of
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG.format(folder=tmp_path))
+    return path
+
+
+def test_both_train_as_the_command_does(capfd, config_file):
+    root = config_file.parent
+    line = ["launch", "--config-file", str(config_file), "--log-dir", str(root / "jobs"), "--num-processes", "2"]
+    began = time.monotonic()
+    words = [*line, "--launcher", "local", f"output_dir={root / 'local'}", "--partition", "gpu"]
+    done = subprocess.run([sys.executable, "-m", "leakfree.cli", *words], capture_output=True, text=True, check=True)
+    told = time.monotonic() - began
+    assert "not used by --launcher local: --partition" in done.stdout
+    facts = json.loads((root / "local" / "launch.json").read_text())
+    assert facts["launcher"] == "local"
+    os.kill(int(facts["job_id"]), 0)  # it runs on; the command has ended, and nobody waits for a pipe of its
+    assert f"kill {facts['job_id']}" in done.stdout
+
+    assert main([*line, "--launcher", "debug", f"output_dir={root / 'debug'}"]) == 0
+    assert "results: " in capfd.readouterr().out
+    end = time.monotonic() + 120
+    while not (root / "local" / "model_final.pt").exists():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert same(weights_of(root / "local"), weights_of(root / "debug"))
+    log = root / "jobs" / os.path.basename(facts["folder"]) / f"{facts['job_id']}_0_log.out"
+    assert "saved " in log.read_text()
+    while json.loads((root / "local" / "record.json").read_text())["status"] != "finished":
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert told < 60
+
+
+def test_several_runs_go_on_after_one_that_fails_and_the_exit_code_tells(capfd, config_file):
+    root = config_file.parent
+    other = config_file.with_name("other.yaml")
+    other.write_text(f"_BASE_: tiny.yaml\noutput_dir: {root / 'other'}\nmodel: {{num_classes: 3}}\n")
+    files = ["--config-file", str(other), str(config_file)]
+    assert main(["launch", *files, "--launcher", "debug", "--log-dir", str(root / "jobs"), "schedule.max_steps=2"]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.count("leakfree: error: ") == 1
+    assert "model.num_classes" in captured.err
+    assert (root / "run" / "model_final.pt").exists()
+    assert not (root / "other" / "model_final.pt").exists()
+
+
+def test_dry_run_starts_nothing(capsys, config_file):
+    before = sorted(config_file.parent.rglob("*"))
+    for launcher in ("local", "debug"):
+        line = ["launch", "--config-file", str(config_file), "--launcher", launcher, "--dry-run", "--seeds", "2"]
+        assert main([*line, "--log-dir", str(config_file.parent / "jobs")]) == 0
+    assert sorted(config_file.parent.rglob("*")) == before
+    assert capsys.readouterr().out.count(f"seed=1 -> {config_file.parent}/run_seed1") == 2
