@@ -34,6 +34,7 @@ from leakfree.training.checkpoints import (
 from leakfree.training.journal import Journal
 from leakfree.training.logs import LOG, StepBar, track
 from leakfree.training.module import TrainingModule
+from leakfree.training.watchdog import progress
 
 __all__ = ["AtomicCheckpoints", "DoubleForwardCallback", "FreezeBNCallback", "Moments", "ScheduleCallback"]
 
@@ -93,6 +94,7 @@ class Moments(L.Callback):
         if last or step % self.config.checkpoint_period == 0:
             self._save(trainer, module, step, FINAL if last else checkpoint_name(step))
         self.journal.waiting()
+        progress("the end of training" if last else f"step {step + 1}", slow=last)
 
     def _validate(self, module: TrainingModule, step: int) -> None:
         self.bar.stop()  # the evaluation shows its own
@@ -105,6 +107,7 @@ class Moments(L.Callback):
             LOG.info("step: %d/%d  %s", step, self.journal.max_steps, numbers)
 
     def _save(self, trainer: L.Trainer, module: TrainingModule, step: int, name: str) -> None:
+        progress(f"saving step {step}", slow=True)
         module.seconds += self.journal.seconds
         self.journal.seconds = 0.0
         trainer.save_checkpoint(self.folder / name)

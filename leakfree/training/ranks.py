@@ -13,31 +13,40 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
+import struct
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from leakfree import errors
 from leakfree.config.schema import TrainerConfig
-from leakfree.errors import ConfigError, LeakfreeError
+from leakfree.errors import ConfigError
+from leakfree.training.watchdog import GONE, Ending, RankError, Watchdog, first_cause, longest_patience
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 __all__ = ["RankError", "RankPlan", "plan_ranks", "run_ranks", "threads_per_rank", "usable_cores"]
 
-_GRACE = 3.0  # seconds the other ranks have to tell what they saw, once one has failed
-_LONGEST = 20_000  # characters of a traceback; a pipe holds 64 KiB
+_GRACE = 3.0  # seconds the other ranks have to tell what they saw, once one has failed,
+_STOPPING = 60.0  # and to save, once one has stopped as asked
+_POLL = 1.0  # seconds; a dead rank's loader processes can hide its end from the sentinel
+_TIMEOUT_LATER = 300.0  # seconds by which the process group's own time limit is later than the watchdog's
+_NEVER = 3.0e7  # seconds; a year
+_LAST_WORDS = 2.0  # seconds in which the others read why rank 0 gives up
 
-
-class RankError(RuntimeError):
-    """A rank failed or was killed; the message names it and holds its traceback."""
+_runs = count()
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,16 @@ class RankPlan:
         local_size: ranks on this machine.
         gpus: each rank has a GPU of its own.
         joined: the ranks exist already (RANK, LOCAL_RANK and WORLD_SIZE are set); this is one of them.
+        stuck_after: seconds without progress of a rank that end the run; 0 = never.
+        join_within: seconds in which all ranks must have arrived.
     """
 
     world_size: int
     local_size: int
     gpus: bool
     joined: bool
+    stuck_after: float = 1800.0
+    join_within: float = 300.0
 
     @property
     def num_nodes(self) -> int:
@@ -95,7 +108,7 @@ def plan_ranks(trainer: TrainerConfig) -> RankPlan:
         raise ConfigError(
             f"trainer.total_batch_size: {trainer.total_batch_size} images cannot be shared evenly by {world_size} ranks"
         )
-    return RankPlan(world_size, local_size, gpus, joined)
+    return RankPlan(world_size, local_size, gpus, joined, trainer.stuck_after)
 
 
 def _from_launcher(name: str, low: int) -> int:
@@ -137,19 +150,33 @@ def run_ranks(plan: RankPlan, function: Callable[..., None], *args: Any) -> None
         KeyboardInterrupt: Ctrl-C; all ranks have been ended.
     """
     if plan.joined:
-        with _process_group(plan, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "env://"):
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        with _member(plan, rank, local_rank, None, lambda ending: _say(ending, rank)):
             function(*args)
     elif plan.world_size == 1:
-        with _process_group(plan, 0, 0, ""):
+        with _member(plan, 0, 0, None, lambda ending: _say(ending, 0)):
             function(*args)
     else:
         with tempfile.TemporaryDirectory(prefix="leakfree-") as folder:
-            _supervise(plan, f"file://{folder}/store", function, args)
+            _supervise(plan, f"{folder}/store", function, args)
+
+
+def _say(ending: Ending, rank: int) -> None:
+    """What a command says of an end that is not its own; the whole of it once."""
+    print((ending if rank == 0 else ending.brief()).spoken(), file=sys.stderr)
+
+
+# -------------------------------------------------------------------------- the process group
 
 
 @contextmanager
-def _process_group(plan: RankPlan, rank: int, local_rank: int, init_method: str) -> Iterator[None]:
-    """This rank's device and, among several ranks, the process group (or the one that is there)."""
+def _member(
+    plan: RankPlan, rank: int, local_rank: int, file: str | None, tell: Callable[[Ending], object]
+) -> Iterator[None]:
+    """This rank's device, its watchdog and, among several ranks, the process group (or the one that is there).
+
+    The ranks find each other through ``file``, or where a launcher says.
+    """
     import torch
     import torch.distributed as dist
 
@@ -157,33 +184,158 @@ def _process_group(plan: RankPlan, rank: int, local_rank: int, init_method: str)
     if device is not None:
         torch.cuda.set_device(device)
     made = plan.world_size > 1 and not dist.is_initialized()
-    if made:
-        backend = "nccl" if plan.gpus else "gloo"
-        dist.init_process_group(
-            backend, init_method=init_method, rank=rank, world_size=plan.world_size, device_id=device
+    store = _met(plan, rank, file) if made else None
+    watchdog = Watchdog(
+        rank,
+        plan.world_size,
+        stuck_after=plan.stuck_after,
+        names=["127.0.0.1"] if file is not None or plan.num_nodes == 1 else _names_of_this_machine(),
+        exchange=partial(_exchanged, store),
+        tell=tell,
+        several_machines=plan.num_nodes > 1,
+    )
+    with watchdog:
+        if made:
+            if plan.num_nodes > 1 and not plan.gpus and (interface := _interface()):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            # later than the watchdog, who knows more
+            patience = min(longest_patience(plan.stuck_after), _NEVER) + _TIMEOUT_LATER
+            dist.init_process_group(
+                "nccl" if plan.gpus else "gloo",
+                store=store,
+                rank=rank,
+                world_size=plan.world_size,
+                device_id=device,
+                timeout=timedelta(seconds=patience),
+            )
+        yield
+        # Only on success: after a failure the peers may be gone, and closing would wait for them.
+        if made:
+            dist.destroy_process_group()
+
+
+def _exchanged(store: dist.Store | None, text: str) -> str:
+    """Rank 0's text (the others give none), through the store or the process group that is there."""
+    if store is None:
+        from leakfree.distributed import broadcast_object
+
+        return str(broadcast_object(text))
+    if text:
+        store.set("watchdog", text)
+    return str(store.get("watchdog").decode())
+
+
+def _met(plan: RankPlan, rank: int, file: str | None) -> dist.Store:
+    """The store of the process group, once all ranks have arrived there.
+
+    Raises:
+        RankError: not all arrived within the time.
+        ConfigError: a launcher's MASTER_ADDR or MASTER_PORT is missing or cannot be used.
+    """
+    import torch.distributed as dist
+
+    limit = timedelta(seconds=plan.join_within)
+    base = _launchers_store(rank, limit) if file is None else dist.FileStore(file, plan.world_size)
+    base.set_timeout(limit)
+    # a launcher's store may outlive a run, and the processes in it
+    store = dist.PrefixStore(f"leakfree/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_runs)}", base)
+    store.set(f"arrived/{rank}", socket.gethostname())
+    if rank != 0:
+        try:
+            store.wait(["met"], 2 * limit)
+        except RuntimeError as error:
+            raise RankError(f"rank 0 is missing: it did not arrive within {plan.join_within:g} s") from error
+        if fault := store.get("met").decode():
+            raise RankError(fault)
+        return store
+    keys = [f"arrived/{other}" for other in range(plan.world_size)]
+    try:
+        store.wait(keys, limit)
+    except RuntimeError as error:
+        missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+        fault = (
+            f"only {plan.world_size - len(missing)} of {plan.world_size} ranks arrived within {plan.join_within:g} s: "
+            f"missing rank {', '.join(missing)}; see there why it did not start, or whether it reaches this machine"
         )
-    yield
-    # Only on success: after a failure the peers may be gone, and closing would wait for them.
-    if made:
-        dist.destroy_process_group()
+        store.set("met", fault)
+        time.sleep(_LAST_WORDS)
+        raise RankError(fault) from error
+    store.set("met", "")
+    return store
+
+
+def _launchers_store(rank: int, limit: timedelta) -> dist.TCPStore:
+    import torch.distributed as dist
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ConfigError(
+                f"environment variable {name}: is not set; a launcher such as torchrun sets it: without one, unset "
+                "RANK, LOCAL_RANK and WORLD_SIZE"
+            )
+    address, port = os.environ["MASTER_ADDR"], _from_launcher("MASTER_PORT", low=1)
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return dist.TCPStore(address, port, is_master=hosts, timeout=limit, wait_for_workers=False, multi_tenant=True)
+    except RuntimeError as error:
+        if hosts:
+            raise ConfigError(
+                f"environment variable MASTER_PORT: rank 0 cannot listen on port {port} ({_first_line(error)}); "
+                "choose a free one"
+            ) from error
+        raise RankError(
+            f"rank 0 is missing: nothing answers at {address}:{port} (MASTER_ADDR, MASTER_PORT) within "
+            f"{limit.total_seconds():g} s"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _names_of_this_machine() -> list[str]:
+    """Under which other machines may find this one: the address it shows to MASTER_ADDR, and its names."""
+    found = [_address_towards_master(), os.environ["MASTER_ADDR"], socket.gethostname(), socket.getfqdn()]
+    return list(dict.fromkeys(name for name in found if name and not name.startswith("127.")))
+
+
+def _address_towards_master() -> str:
+    """The address of the interface that leads to MASTER_ADDR; "" if that is this machine alone."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            own = str(probe.getsockname()[0])
+    except OSError:
+        return ""
+    return "" if own.startswith("127.") or own == "::1" else own
+
+
+def _interface() -> str:
+    """The network interface that leads to MASTER_ADDR; "" if it is not known: gloo then asks for the host's name."""
+    own = _address_towards_master()
+    if sys.platform != "linux" or not own or ":" in own:
+        return ""
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == own:
+                return name
+    return ""
 
 
 # ---------------------------------------------------------------------------------- in a rank
 
 
-@dataclass
-class _Report:
-    """What a failed rank tells: the name of a LeakfreeError, or "" with a traceback."""
-
-    when: float
-    kind: str
-    text: str
-
-
 def _serve(
     rank: int,
     plan: RankPlan,
-    init_method: str,
+    file: str,
     parent: int,
     pipe: Connection,
     function: Callable[..., None],
@@ -201,17 +353,16 @@ def _serve(
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     try:
-        with _process_group(plan, rank, rank, init_method):
+        with _member(plan, rank, rank, file, pipe.send):
             function(*args)
-    except LeakfreeError as error:
-        pipe.send(_Report(time.time(), type(error).__name__, str(error)))
-    except BaseException:
-        pipe.send(_Report(time.time(), "", traceback.format_exc()[-_LONGEST:]))
+    except BaseException as error:
+        ending = Ending.of(rank, error)
+        pipe.send(ending)
     else:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)  # not the ordinary way out: threads of a broken process group may wait for ever
+    os._exit(ending.exit_code)  # not the ordinary way out: threads of a broken process group may wait for ever
 
 
 def _die_with(parent: int) -> None:
@@ -225,8 +376,8 @@ def _die_with(parent: int) -> None:
 # ------------------------------------------------------------------------- in the watching process
 
 
-def _supervise(plan: RankPlan, init_method: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    processes, pipes = _start(plan, init_method, function, args)
+def _supervise(plan: RankPlan, file: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    processes, pipes = _start(plan, file, function, args)
     try:
         reports = _watch(processes, pipes)
     finally:
@@ -236,7 +387,7 @@ def _supervise(plan: RankPlan, init_method: str, function: Callable[..., None], 
 
 
 def _start(
-    plan: RankPlan, init_method: str, function: Callable[..., None], args: tuple[Any, ...]
+    plan: RankPlan, file: str, function: Callable[..., None], args: tuple[Any, ...]
 ) -> tuple[list[BaseProcess], list[Connection]]:
     context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = []
@@ -245,7 +396,7 @@ def _start(
         for rank in range(plan.local_size):
             here, there = context.Pipe(duplex=False)
             process = context.Process(
-                target=_serve, args=(rank, plan, init_method, os.getpid(), there, function, args), name=f"rank {rank}"
+                target=_serve, args=(rank, plan, file, os.getpid(), there, function, args), name=f"rank {rank}"
             )
             process.start()
             there.close()
@@ -277,25 +428,23 @@ def _tracker_silenced() -> Iterator[None]:
         sys.warnoptions.remove(option)
 
 
-def _watch(processes: list[BaseProcess], pipes: list[Connection]) -> dict[int, _Report | None] | None:
-    """Wait until all ranks are done (None), or one has failed (the reports of those that ended)."""
-    running = {process.sentinel: rank for rank, process in enumerate(processes)}
-    failed: dict[int, _Report | None] = {}
-    deadline: float | None = None
-    while running:
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
-            break
-        for sentinel in wait(list(running), timeout=left):
-            rank = running.pop(sentinel)  # type: ignore[arg-type]
-            processes[rank].join()
-            if processes[rank].exitcode != 0:
-                failed[rank] = _received(pipes[rank])
-                deadline = deadline or time.monotonic() + _GRACE
+def _watch(processes: list[BaseProcess], pipes: list[Connection]) -> dict[int, Ending | None] | None:
+    """Wait until all ranks are done (None), or one has failed (what those told that have ended)."""
+    running = dict(enumerate(processes))
+    failed: dict[int, Ending | None] = {}
+    deadline = math.inf
+    while running and time.monotonic() < deadline:
+        left = min(_POLL, deadline - time.monotonic())
+        wait([process.sentinel for process in running.values()], timeout=max(0.0, left))
+        for rank in [rank for rank, process in running.items() if process.exitcode is not None]:
+            if running.pop(rank).exitcode != 0:
+                failed[rank] = told = _received(pipes[rank])
+                grace = _STOPPING if told is not None and told.deliberate else _GRACE
+                deadline = min(deadline, time.monotonic() + grace)
     return failed or None
 
 
-def _received(pipe: Connection) -> _Report | None:
+def _received(pipe: Connection) -> Ending | None:
     try:
         return pipe.recv() if pipe.poll() else None
     except EOFError:  # it died without a word
@@ -318,20 +467,13 @@ def _end(processes: list[BaseProcess]) -> None:
         sys.stdout.write("\x1b[?25h")  # a progress bar hides the cursor
 
 
-def _failure(reports: dict[int, _Report | None], exit_codes: list[int | None]) -> Exception:
-    """The error to raise: the user's mistake, else a rank that died, else the first traceback.
-
-    The others mostly saw only that their peer was gone.
-    """
-    told = sorted(((report.when, rank, report) for rank, report in reports.items() if report), key=lambda item: item[0])
-    for _, _, failure in told:
-        if failure.kind:
-            return getattr(errors, failure.kind, LeakfreeError)(failure.text)
-    for rank, report in reports.items():
-        if report is None:
-            return RankError(f"rank {rank} {_death(exit_codes[rank])}; the other ranks have been ended")
-    _, rank, first = told[0]
-    return RankError(f"rank {rank} failed; the other ranks have been ended. Its traceback:\n{first.text}")
+def _failure(told: dict[int, Ending | None], exit_codes: list[int | None]) -> BaseException:
+    """The error to raise for what ended the ranks; they told it, or died without a word."""
+    endings = [
+        ending or Ending(rank, GONE, f"rank {rank} {_death(exit_codes[rank])}; the other ranks have been ended")
+        for rank, ending in told.items()
+    ]
+    return first_cause(endings).error()
 
 
 def _death(exit_code: int | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from leakfree.config.schema import RunConfig
@@ -20,6 +21,7 @@ from leakfree.training.folder import (
     trained_step,
 )
 from leakfree.training.ranks import RankPlan, plan_ranks, run_ranks
+from leakfree.training.watchdog import RankError, at_end
 
 __all__ = ["evaluate", "train"]
 
@@ -90,7 +92,7 @@ def _run(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> RunRe
             if start.finished:
                 print(*start.notices, sep="\n")
             else:
-                with _guarded(config):
+                with _guarded(config), _noted(folder):
                     run_ranks(plan, work, config, plan, start)
     return read_record(config.output_dir)
 
@@ -110,6 +112,8 @@ def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> No
         if isinstance(found, LeakfreeError):
             raise found
         if not found.finished:
+            if get_rank() == 0:
+                stack.enter_context(_noted(Path(config.output_dir)))
             with _guarded(config) if get_rank() == 0 else nullcontext():
                 work(config, plan, found)
 
@@ -128,10 +132,31 @@ def _guarded(config: RunConfig) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _noted(folder: Path) -> Iterator[None]:
+    """What ends the ranks is in the log and the record too, also where the watchdog ends this process."""
+    with at_end(partial(_note_failure, folder)):
+        try:
+            yield
+        except RankError as error:
+            _note_failure(folder, str(error))
+            raise
+
+
+def _note_failure(folder: Path, report: str) -> None:
+    with suppress(OSError):  # perhaps the disk is full: the report is what must be told
+        interrupted_record(folder)
+        _log(folder, f"failed: {report}")
+
+
+def _log(folder: Path, line: str) -> None:
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        log.write(line + "\n")
+
+
 def _tell_interrupted(config: RunConfig, folder: Path) -> None:
     saved = list_checkpoints(folder)
     done = f"step {trained_step(saved[0], config)} of {config.schedule.max_steps} is saved in {folder}" if saved else ""
     line = f"interrupted: {done or 'nothing is saved yet'}; the same command with --resume goes on from there"
     print(("\n" if sys.stderr.isatty() else "") + line, file=sys.stderr)  # below what a bar left
-    with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        log.write(line + "\n")
+    _log(folder, line)

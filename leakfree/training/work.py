@@ -36,6 +36,7 @@ from leakfree.training.logs import LOG, StepBar, environment, first_lines, loggi
 from leakfree.training.module import TrainingModule, freeze_as_trained, seed_step
 from leakfree.training.ranks import RankPlan, threads_per_rank
 from leakfree.training.tasks import Task
+from leakfree.training.watchdog import progress
 
 __all__ = ["evaluate_on_rank", "train_on_rank"]
 
@@ -84,6 +85,7 @@ def _initial_weights(config: RunConfig) -> tuple[str, Sequence[str]]:
 
 
 def _build(config: RunConfig, weights: str, parts: Sequence[str]) -> Task:
+    progress("building the model and opening the data", slow=True)
     seed_step(config.seed, 0, 0)  # the same initial weights on every rank
     return _task(config.task)(config, weights, parts)
 
@@ -179,6 +181,7 @@ class _Session:
     def evaluate(self, task: Task) -> None:
         """Measure everything the config asks for; rank 0 adds it to the record."""
         task.model.to(self.device)
+        progress("the evaluation", slow=True)
         began = time.perf_counter()
         found = task.evaluate(track)
         if self.record is not None:
@@ -234,6 +237,7 @@ def _fit(config: RunConfig, plan: RankPlan, start: Start, session: _Session, mod
     # before the moments: what a checkpoint holds must be complete
     trainer = _trainer(config, plan, [*_norm_callbacks(module.task, config.schedule), moments])
     batches = _Steps(module.task, start.step, config.schedule.max_steps)
+    progress(f"step {start.step + 1}, the first of this session", slow=True)
     try:
         with _interrupt_raised():
             trainer.fit(module, train_dataloaders=batches, ckpt_path=start.weights or None, weights_only=True)
