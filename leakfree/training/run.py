@@ -84,20 +84,28 @@ def _evaluate_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
 
 
 def _run(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> RunRecord:
-    if plan.joined:
-        run_ranks(plan, _joined, config, plan, work, decide)
-    else:
-        with locked(config.output_dir) as folder:
-            start = decide(folder)
-            if start.finished:
-                print(*start.notices, sep="\n")
-            else:
-                with _guarded(config), _noted(folder):
-                    run_ranks(plan, work, config, plan, start)
+    held: list[Path] = []  # the output folder, once this process may write there
+    try:
+        if plan.joined:
+            run_ranks(plan, _joined, config, plan, work, decide, held)
+        else:
+            with locked(config.output_dir) as folder:
+                held.append(folder)
+                start = decide(folder)
+                if start.finished:
+                    print(*start.notices, sep="\n")
+                else:
+                    with _guarded(config), at_end(partial(_note_end, folder)):
+                        run_ranks(plan, work, config, plan, start)
+    except RankError as error:
+        for folder in held:
+            with suppress(OSError):  # perhaps the disk is full
+                _log(folder, f"failed: {error}")
+        raise
     return read_record(config.output_dir)
 
 
-def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> None:
+def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide, held: list[Path]) -> None:
     """One of the ranks that a launcher has made: rank 0 looks at the folder for all."""
     from leakfree.distributed import broadcast_object, get_rank
 
@@ -105,15 +113,15 @@ def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> No
         found: Start | LeakfreeError | None = None
         if get_rank() == 0:
             try:
-                found = decide(stack.enter_context(locked(config.output_dir)))
+                held.append(stack.enter_context(locked(config.output_dir)))
+                found = decide(held[0])
+                stack.enter_context(at_end(partial(_note_end, held[0])))
             except LeakfreeError as error:
                 found = error
         found = broadcast_object(found)
         if isinstance(found, LeakfreeError):
             raise found
         if not found.finished:
-            if get_rank() == 0:
-                stack.enter_context(_noted(Path(config.output_dir)))
             with _guarded(config) if get_rank() == 0 else nullcontext():
                 work(config, plan, found)
 
@@ -132,24 +140,15 @@ def _guarded(config: RunConfig) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _noted(folder: Path) -> Iterator[None]:
-    """What ends the ranks is in the log and the record too, also where the watchdog ends this process."""
-    with at_end(partial(_note_failure, folder)):
-        try:
-            yield
-        except RankError as error:
-            _note_failure(folder, str(error))
-            raise
-
-
-def _note_failure(folder: Path, report: str) -> None:
-    with suppress(OSError):  # perhaps the disk is full: the report is what must be told
+def _note_end(folder: Path, report: str) -> None:
+    """The watchdog is about to end this process."""
+    with suppress(OSError):  # perhaps the disk is full
         interrupted_record(folder)
         _log(folder, f"failed: {report}")
 
 
 def _log(folder: Path, line: str) -> None:
+    """Add a line to the log of a run whose ranks no longer write there."""
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         log.write(line + "\n")
 
