@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -163,7 +163,7 @@ def run_ranks(plan: RankPlan, function: Callable[..., None], *args: Any) -> None
 
 def _say(ending: Ending, rank: int) -> None:
     """What a command says of an end that is not its own; the whole of it once."""
-    print((ending if rank == 0 else ending.brief()).spoken(), file=sys.stderr)
+    print("leakfree:", (ending if rank == 0 else ending.brief()).spoken(), file=sys.stderr)
 
 
 # -------------------------------------------------------------------------- the process group
@@ -436,12 +436,23 @@ def _watch(processes: list[BaseProcess], pipes: list[Connection]) -> dict[int, E
     while running and time.monotonic() < deadline:
         left = min(_POLL, deadline - time.monotonic())
         wait([process.sentinel for process in running.values()], timeout=max(0.0, left))
-        for rank in [rank for rank, process in running.items() if process.exitcode is not None]:
+        for rank in [rank for rank, process in running.items() if _has_ended(process)]:
+            running[rank].join()
             if running.pop(rank).exitcode != 0:
                 failed[rank] = told = _received(pipes[rank])
                 grace = _STOPPING if told is not None and told.deliberate else _GRACE
                 deadline = min(deadline, time.monotonic() + grace)
     return failed or None
+
+
+def _has_ended(process: BaseProcess) -> bool:
+    """Whether it has; the loader processes that a failed rank has left are then ended too."""
+    assert process.pid is not None
+    found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if found is not None and found.si_status != 0:
+        with suppress(ProcessLookupError, PermissionError):  # it led no group yet
+            os.killpg(process.pid, signal.SIGKILL)  # not reaped: its id cannot be anybody else's
+    return found is not None
 
 
 def _received(pipe: Connection) -> Ending | None:

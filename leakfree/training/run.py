@@ -144,7 +144,7 @@ def _note_end(folder: Path, report: str) -> None:
     """The watchdog is about to end this process."""
     with suppress(OSError):  # perhaps the disk is full
         interrupted_record(folder)
-        _log(folder, f"failed: {report}")
+        _log(folder, report)
 
 
 def _log(folder: Path, line: str) -> None:

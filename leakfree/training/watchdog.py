@@ -147,10 +147,8 @@ class Ending:
         return getattr(errors, self.kind, LeakfreeError)(self.text)
 
     def spoken(self) -> str:
-        """As the commands of leakfree say it."""
-        if self.deliberate:
-            return f"leakfree: {self.text}"
-        return f"leakfree: {'failed' if self.exit_code == 1 else 'error'}: {self.text}"
+        """With what the commands of leakfree put before it."""
+        return self.text if self.deliberate else f"{'failed' if self.exit_code == 1 else 'error'}: {self.text}"
 
     def brief(self) -> Ending:
         """With the first line alone: another rank tells the whole."""
@@ -285,7 +283,7 @@ class Watchdog:
         self._ends_process = False
         self._stopped = False
         # of the watchdog's own thread
-        self._clock = _Clock(3 * self._beat)
+        self._clock = _Clock(2 * self._beat)
         self._marked = 0.0  # when the last progress was noticed,
         self._seen_mark = _mark  # and which
         self._next_beat = 0.0
@@ -565,7 +563,7 @@ class Watchdog:
         self._tell(verdict)
         for tidy in reversed(_tidying):
             try:
-                tidy(verdict.text)
+                tidy(verdict.spoken())
             except Exception:
                 traceback.print_exc()
         sys.stdout.flush()

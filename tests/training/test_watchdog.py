@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from leakfree.errors import DataError
+from leakfree.records import read_record
 from leakfree.training import Stopped
 from leakfree.training.board import LOST, Board, BoardError
 from leakfree.training.ranks import RankPlan, run_ranks
@@ -33,12 +34,15 @@ def work(folder, fault, culprit):
     import torch
     import torch.distributed as dist
     from leakfree.errors import DataError
+from leakfree.records import read_record
     from leakfree.training.watchdog import progress
 
     rank = dist.get_rank()
     for step in range(1, 4):
         progress(f"step {step}")
         dist.all_reduce(torch.ones(1))
+    time.sleep(1)  # the others have heard of it
+    progress("step 4")
     Path(folder, f"{rank}.tmp").write_text(str(os.getpid()))
     os.rename(Path(folder, f"{rank}.tmp"), Path(folder, f"{rank}.pid"))
     if rank == culprit:
@@ -55,6 +59,7 @@ def bug(folder):
 
 def mistake(folder):
     from leakfree.errors import DataError
+from leakfree.records import read_record
     raise DataError("image 7 is broken")
 
 
@@ -102,10 +107,6 @@ def dies_with_a_hanging_worker(folder):
 def skips_a_collective(folder):
     import torch.distributed as dist
     dist.barrier()
-
-
-def leaves_early(folder):
-    pass
 
 
 def holds_the_interpreter(folder):
@@ -205,6 +206,7 @@ def wait_gone(pids, within=15):
 
 
 HOW = pytest.mark.parametrize("how", ["supervised", "joined"])
+SLOW = pytest.mark.slow
 
 
 @HOW
@@ -217,3 +219,178 @@ def test_an_exception_ends_all_with_its_traceback_and_no_noise_of_the_others(job
     if how == "joined":
         assert "KeyError: 'a bug of ours'" in texts["1"]
         assert texts["2"] == "leakfree: failed: rank 1 failed; the other ranks have been ended.\n"
+
+
+def test_a_mistake_of_the_user_stays_one_line_and_exit_code_2_on_every_rank(job):
+    codes, texts = job("joined", "mistake", 1).ended()
+    assert set(codes) == {2}
+    assert {text for name, text in texts.items()} == {"leakfree: error: image 7 is broken\n"}
+
+
+@pytest.mark.parametrize(("how", "culprit"), [("supervised", 0), ("joined", 0), ("joined", 1)])
+def test_a_killed_rank_is_named(job, how, culprit):
+    run = job(how, "waits_for_a_signal", culprit, size=3)
+    pids = [run.pid(rank) for rank in range(3)]
+    began = time.monotonic()
+    os.kill(pids[culprit], signal.SIGKILL)
+    codes, texts = run.ended()
+    assert time.monotonic() - began < 15
+    wait_gone(pids)
+    told = texts["0" if how == "supervised" or culprit else "1"]
+    assert "Traceback" not in "".join(texts.values())
+    if how == "supervised":
+        assert codes == [1]
+        assert f"rank {culprit} was killed by SIGKILL" in told
+    else:
+        assert [code for rank, code in enumerate(codes) if rank != culprit] == [1, 1]
+        assert told == f"leakfree: failed: rank {culprit} is gone (killed, or its machine is); " + (
+            "the other ranks have been ended\n"
+        )
+
+
+@pytest.mark.parametrize(("how", "culprit"), [("supervised", 1), ("joined", 0), pytest.param("joined", 1, marks=SLOW)])
+def test_a_stopped_rank_gives_no_sign_and_is_ended_too(job, how, culprit):
+    run = job(how, "waits_for_a_signal", culprit)
+    pids = [run.pid(rank) for rank in range(2)]
+    began = time.monotonic()
+    os.kill(pids[culprit], signal.SIGSTOP)
+    codes, texts = run.ended()
+    assert time.monotonic() - began < 30
+    wait_gone(pids)
+    assert set(codes) <= {1, -signal.SIGKILL}
+    assert 1 in codes
+    told = texts["1" if how == "joined" and culprit == 0 else "0"]
+    assert re.search(rf"rank {culprit} gives no sign since \d+ s", told), told
+    assert "in all_reduce (" in told
+
+
+@pytest.mark.parametrize(
+    ("how", "fault", "doing"),
+    [
+        ("supervised", "hanging_worker", "data loading"),
+        ("joined", "hanging_worker", "data loading"),
+        ("joined", "endless_loop", "endless_loop"),
+        pytest.param("joined", "waits_for_a_signal", "waits_for_a_signal", marks=SLOW),
+        pytest.param("supervised", "hanging_data", "data loading", marks=SLOW),
+    ],
+)
+def test_a_stuck_rank_is_named_with_the_collective_that_waits_for_it(job, how, fault, doing):
+    run = job(how, fault, 1, size=3)
+    pids = [run.pid(rank) for rank in range(3)] + ([run.pid("worker")] if "worker" in fault else [])
+    began = time.monotonic()
+    codes, texts = run.ended()
+    assert time.monotonic() - began < 30
+    wait_gone(pids)
+    assert set(codes) == {1}
+    first = texts["0"].partition("\n")[0]
+    assert re.fullmatch(
+        r"leakfree: failed: stuck for \d+ s at step 4: ranks 0, 2 wait in all_reduce \(\S*faults.py:\d+\); "
+        rf"rank 1 did not arrive: it is in {doing} \(\S*faults.py:\d+\); all ranks have been ended",
+        first,
+    ), first
+    assert texts["0"].count("Python stack of rank 1:") == 1
+    assert f"in {fault}" in texts["0"]
+    assert "losed by peer" not in "".join(texts.values())
+    if how == "joined":
+        assert texts["2"] == f"{first}\n"  # the whole is told once
+
+
+def test_ranks_in_different_collectives(job):
+    codes, texts = job("joined", "skips_a_collective", 1).ended()
+    assert set(codes) == {1}
+    assert re.search(r"the ranks wait in different collectives: rank 0 waits in all_reduce", texts["0"]), texts["0"]
+    assert re.search(r"; rank 1 waits in barrier \(\S*faults.py:\d+\)", texts["0"])
+
+
+@HOW
+def test_a_killed_rank_is_noticed_though_its_loader_processes_live(job, how):
+    run = job(how, "dies_with_a_hanging_worker", 1)
+    worker = run.pid("worker")
+    began = time.monotonic()
+    _, texts = run.ended()
+    assert time.monotonic() - began < 15
+    assert "rank 1 was killed by SIGKILL" in texts["0"] or "rank 1 is gone" in texts["0"]
+    if how == "joined":
+        os.kill(worker, signal.SIGKILL)  # the launcher's business
+    wait_gone([worker])
+
+
+@SLOW
+def test_a_rank_that_hangs_in_native_code_is_named_and_ended(job):
+    run = job("joined", "holds_the_interpreter", 1)
+    pids = [run.pid(rank) for rank in range(2)]
+    codes, texts = run.ended()
+    wait_gone(pids)
+    assert codes == [1, -signal.SIGKILL]
+    assert re.search(r"rank 1 gives no sign since \d+ s", texts["0"])
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_rank_that_never_joins_is_named(job, absent):
+    present = [rank for rank in range(3) if rank != absent]
+    codes, texts = job("joined", "bug", 1, size=3, join_within=8, only=present).ended()
+    assert set(codes) == {1}
+    for rank in present:
+        words = (
+            "only 2 of 3 ranks arrived within 8 s: missing rank 2;" if absent else "rank 0 is missing: nothing answers"
+        )
+        assert words in texts[str(rank)]
+        assert "Traceback" not in texts[str(rank)]
+
+
+def test_a_suspended_run_goes_on(job):
+    """All ranks stand still for longer than the patience, as on a laptop that sleeps."""
+    run = job("joined", "waits_for_a_signal", 1)
+    pids = [run.pid(rank) for rank in range(2)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(PATIENCE + 2)
+    began = time.monotonic()
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    _, texts = run.ended()
+    assert re.search(r"rank 1 did not arrive: it is in waits_for_a_signal", texts["0"]), texts  # not: gives no sign
+    assert time.monotonic() - began > PATIENCE / 3  # the rest of the patience, once it goes on
+
+
+# ------------------------------------------------------------------------------- whole trainings
+
+# A training whose data stands still at its third batch, on rank CULPRIT.
+HANGS = """
+import os, sys, time
+from leakfree.cli import main
+from leakfree.training.detection import DetectionTask
+
+given = DetectionTask.train_batches
+
+
+def train_batches(self, start_step):
+    for number, batch in enumerate(given(self, start_step)):
+        if number == 2 and os.environ.get("RANK", "0") == os.environ["CULPRIT"]:
+            time.sleep(600)
+        yield batch
+
+
+DetectionTask.train_batches = train_batches
+if __name__ == "__main__":
+    sys.exit(main(["train", "--config-file", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(("how", "size"), [("supervised", 1), ("supervised", 2), ("joined", 2)])
+def test_a_training_whose_data_stands_still(tmp_path, config_file, monkeypatch, how, size):
+    (tmp_path / "hangs.py").write_text(HANGS)
+    monkeypatch.setenv("CULPRIT", str(size - 1))
+    output = tmp_path / "run"
+    overrides = [f"output_dir={output}", f"trainer.num_processes={size}", f"trainer.stuck_after={PATIENCE}"]
+    run = Job(tmp_path, [str(tmp_path / "hangs.py"), str(config_file), *overrides], how, size)
+    codes, texts = run.ended(2 * BOUND)
+    assert set(codes) == {1}, texts
+    arrived = "did not arrive: " if size > 1 else ""
+    words = rf"rank {size - 1} {arrived}it is in train_batches \(\S*hangs.py:\d+\)"
+    waits = r"rank 0 waits in the gradient all-reduce of backward \(leakfree/\S+:\d+\); " if size > 1 else ""
+    report = rf"failed: stuck for \d+ s at step 3: {waits}{words}; all ranks have been ended\nPython stack of rank"
+    assert len(re.findall(report, texts["0"])) == 1, texts["0"]
+    assert len(re.findall(report, (output / "log.txt").read_text())) == 1
+    assert read_record(output).status == "interrupted"
+    assert (output / "checkpoint_0000002.pt").exists()
