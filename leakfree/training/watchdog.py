@@ -501,6 +501,7 @@ class Watchdog:
         told: dict[tuple[str, str], list[int]] = {}  # what is to say of one or of many -> of whom
         blamed: list[int] = []
         places = [seen.place for seen in ranks.values() if seen.place is not None]
+        waits = any(place.collective for place in places)
         for rank, seen in ranks.items():
             place = seen.place
             if seen.done:
@@ -515,9 +516,11 @@ class Watchdog:
                 line = ("waits", "wait"), f"in {place.collective} ({place.where})"
             else:
                 blamed.append(rank)
-                behind = f", {most - seen.collectives} collectives behind" if 0 <= seen.collectives < most else ""
-                arrived = "" if self.world_size == 1 else "did not arrive: "
-                line = (f"{arrived}it is", f"{arrived}they are"), f"in {place.doing} ({place.where}){behind}"
+                # on a GPU collectives are waited for in other places: the count tells who did not arrive
+                behind = most - seen.collectives if seen.collectives >= 0 and not waits else 0
+                begun = f", having begun {behind} fewer collectives than others" if behind else ""
+                arrived = "did not arrive: " if waits or behind else ""
+                line = (f"{arrived}it is", f"{arrived}they are"), f"in {place.doing} ({place.where}){begun}"
             told.setdefault((f"{line[0][0]} {line[1]}", f"{line[0][1]} {line[1]}"), []).append(rank)
         waiting = {(place.collective, place.where) for place in places if place.collective}
         if not blamed and len(waiting) > 1:

@@ -34,7 +34,6 @@ def work(folder, fault, culprit):
     import torch
     import torch.distributed as dist
     from leakfree.errors import DataError
-from leakfree.records import read_record
     from leakfree.training.watchdog import progress
 
     rank = dist.get_rank()
@@ -59,7 +58,6 @@ def bug(folder):
 
 def mistake(folder):
     from leakfree.errors import DataError
-from leakfree.records import read_record
     raise DataError("image 7 is broken")
 
 
@@ -160,6 +158,7 @@ class Job:
         file = self.folder / f"{name}.pid"
         while not file.exists():
             assert time.monotonic() < deadline, self.texts()
+            assert all(process.poll() is None for process in self.processes), self.texts()
             time.sleep(0.02)
         return int(file.read_text())
 
