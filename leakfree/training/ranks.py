@@ -13,8 +13,6 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
-import struct
 import sys
 import tempfile
 import threading
@@ -24,7 +22,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from leakfree.config.schema import TrainerConfig
 from leakfree.errors import ConfigError
+from leakfree.training.meeting import from_launcher, interface_of_this_machine, meet, names_of_this_machine
 from leakfree.training.watchdog import GONE, Ending, RankError, Watchdog, first_cause, longest_patience
 
 if TYPE_CHECKING:
@@ -40,13 +38,10 @@ if TYPE_CHECKING:
 __all__ = ["RankError", "RankPlan", "plan_ranks", "run_ranks", "threads_per_rank", "usable_cores"]
 
 _GRACE = 3.0  # seconds the other ranks have to tell what they saw, once one has failed,
-_STOPPING = 60.0  # and to save, once one has stopped as asked
+_STOPPING = 20.0  # or to end too, once one has stopped as asked
 _POLL = 1.0  # seconds; a dead rank's loader processes can hide its end from the sentinel
 _TIMEOUT_LATER = 300.0  # seconds by which the process group's own time limit is later than the watchdog's
 _NEVER = 3.0e7  # seconds; a year
-_LAST_WORDS = 2.0  # seconds in which the others read why rank 0 gives up
-
-_runs = count()
 
 
 @dataclass(frozen=True)
@@ -86,11 +81,11 @@ def plan_ranks(trainer: TrainerConfig) -> RankPlan:
     world_size = local_size
     joined = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if joined:
-        world_size = _from_launcher("WORLD_SIZE", low=1)
+        world_size = from_launcher("WORLD_SIZE", low=1)
         here = "LOCAL_WORLD_SIZE" in os.environ
-        local_size = _from_launcher("LOCAL_WORLD_SIZE", low=1) if here else min(local_size, world_size)
+        local_size = from_launcher("LOCAL_WORLD_SIZE", low=1) if here else min(local_size, world_size)
         for name in ("RANK", "LOCAL_RANK"):
-            _from_launcher(name, low=0)
+            from_launcher(name, low=0)
     elif trainer.num_machines > 1:
         raise ConfigError(
             f"trainer.num_machines: {trainer.num_machines} machines need a launcher that starts the ranks on all of "
@@ -109,16 +104,6 @@ def plan_ranks(trainer: TrainerConfig) -> RankPlan:
             f"trainer.total_batch_size: {trainer.total_batch_size} images cannot be shared evenly by {world_size} ranks"
         )
     return RankPlan(world_size, local_size, gpus, joined, trainer.stuck_after)
-
-
-def _from_launcher(name: str, low: int) -> int:
-    text = os.environ[name].strip()
-    if not (text.isascii() and text.isdigit()) or int(text) < low:
-        raise ConfigError(
-            f"environment variable {name}: got {os.environ[name]!r}, must be a whole number of at least {low}; "
-            "a launcher such as torchrun sets it: without one, unset RANK, LOCAL_RANK and WORLD_SIZE"
-        )
-    return int(text)
 
 
 def threads_per_rank(plan: RankPlan, wanted: int) -> int:
@@ -184,19 +169,19 @@ def _member(
     if device is not None:
         torch.cuda.set_device(device)
     made = plan.world_size > 1 and not dist.is_initialized()
-    store = _met(plan, rank, file) if made else None
+    store = meet(rank, plan.world_size, file, plan.join_within) if made else None
     watchdog = Watchdog(
         rank,
         plan.world_size,
         stuck_after=plan.stuck_after,
-        names=["127.0.0.1"] if file is not None or plan.num_nodes == 1 else _names_of_this_machine(),
+        names=["127.0.0.1"] if file is not None or plan.num_nodes == 1 else names_of_this_machine(),
         exchange=partial(_exchanged, store),
         tell=tell,
         several_machines=plan.num_nodes > 1,
     )
     with watchdog:
         if made:
-            if plan.num_nodes > 1 and not plan.gpus and (interface := _interface()):
+            if plan.num_nodes > 1 and not plan.gpus and (interface := interface_of_this_machine()):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             # later than the watchdog, who knows more
             patience = min(longest_patience(plan.stuck_after), _NEVER) + _TIMEOUT_LATER
@@ -223,110 +208,6 @@ def _exchanged(store: dist.Store | None, text: str) -> str:
     if text:
         store.set("watchdog", text)
     return str(store.get("watchdog").decode())
-
-
-def _met(plan: RankPlan, rank: int, file: str | None) -> dist.Store:
-    """The store of the process group, once all ranks have arrived there.
-
-    Raises:
-        RankError: not all arrived within the time.
-        ConfigError: a launcher's MASTER_ADDR or MASTER_PORT is missing or cannot be used.
-    """
-    import torch.distributed as dist
-
-    limit = timedelta(seconds=plan.join_within)
-    base = _launchers_store(rank, limit) if file is None else dist.FileStore(file, plan.world_size)
-    base.set_timeout(limit)
-    # a launcher's store may outlive a run, and the processes in it
-    store = dist.PrefixStore(f"leakfree/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_runs)}", base)
-    store.set(f"arrived/{rank}", socket.gethostname())
-    if rank != 0:
-        try:
-            store.wait(["met"], 2 * limit)
-        except RuntimeError as error:
-            raise RankError(f"rank 0 is missing: it did not arrive within {plan.join_within:g} s") from error
-        if fault := store.get("met").decode():
-            raise RankError(fault)
-        return store
-    keys = [f"arrived/{other}" for other in range(plan.world_size)]
-    try:
-        store.wait(keys, limit)
-    except RuntimeError as error:
-        missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
-        fault = (
-            f"only {plan.world_size - len(missing)} of {plan.world_size} ranks arrived within {plan.join_within:g} s: "
-            f"missing rank {', '.join(missing)}; see there why it did not start, or whether it reaches this machine"
-        )
-        store.set("met", fault)
-        time.sleep(_LAST_WORDS)
-        raise RankError(fault) from error
-    store.set("met", "")
-    return store
-
-
-def _launchers_store(rank: int, limit: timedelta) -> dist.TCPStore:
-    import torch.distributed as dist
-
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise ConfigError(
-                f"environment variable {name}: is not set; a launcher such as torchrun sets it: without one, unset "
-                "RANK, LOCAL_RANK and WORLD_SIZE"
-            )
-    address, port = os.environ["MASTER_ADDR"], _from_launcher("MASTER_PORT", low=1)
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        return dist.TCPStore(address, port, is_master=hosts, timeout=limit, wait_for_workers=False, multi_tenant=True)
-    except RuntimeError as error:
-        if hosts:
-            raise ConfigError(
-                f"environment variable MASTER_PORT: rank 0 cannot listen on port {port} ({_first_line(error)}); "
-                "choose a free one"
-            ) from error
-        raise RankError(
-            f"rank 0 is missing: nothing answers at {address}:{port} (MASTER_ADDR, MASTER_PORT) within "
-            f"{limit.total_seconds():g} s"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _names_of_this_machine() -> list[str]:
-    """Under which other machines may find this one: the address it shows to MASTER_ADDR, and its names."""
-    found = [_address_towards_master(), os.environ["MASTER_ADDR"], socket.gethostname(), socket.getfqdn()]
-    return list(dict.fromkeys(name for name in found if name and not name.startswith("127.")))
-
-
-def _address_towards_master() -> str:
-    """The address of the interface that leads to MASTER_ADDR; "" if that is this machine alone."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing
-            own = str(probe.getsockname()[0])
-    except OSError:
-        return ""
-    return "" if own.startswith("127.") or own == "::1" else own
-
-
-def _interface() -> str:
-    """The network interface that leads to MASTER_ADDR; "" if it is not known: gloo then asks for the host's name."""
-    own = _address_towards_master()
-    if sys.platform != "linux" or not own or ":" in own:
-        return ""
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
-            except OSError:  # it has no address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == own:
-                return name
-    return ""
 
 
 # ---------------------------------------------------------------------------------- in a rank

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -33,7 +33,7 @@ __all__ = ["Ending", "RankError", "Watchdog", "at_end", "first_cause", "longest_
 _BEAT = 5.0  # seconds between two signs of life
 _SETTLE = 1.0  # seconds in which the failures that belong together arrive
 _GRACE = 2.0  # seconds that a rank has to end by itself, once the end is decided
-_STOPPING = 60.0  # the same, when the run was stopped: the others are about to save
+_STOPPING = 20.0  # the same, when the run was stopped: the others are about to end too
 _ANSWERS = 5.0  # seconds in which the others answer where they are, or rank 0 decides
 _TIDYING = 20.0  # seconds for what must be done before a rank is ended: a save under way, the record, the log
 _SLOW = 10  # times the patience for a slow phase,
@@ -337,11 +337,14 @@ class Watchdog:
 
     def _fail(self, own: Ending) -> None:
         """Tell the others, and raise what ended the run if this was only a consequence."""
+        known = self._verdict is not None
         self._own = own
         self._board.wake()
         self._decided.wait(_SETTLE + _ANSWERS)
         verdict = self._verdict
-        if verdict is not None and verdict.rank != self.rank and not verdict.deliberate and own.kind == TRACEBACK:
+        if verdict is None or verdict.rank == self.rank or own.kind != TRACEBACK:
+            return
+        if known or not verdict.deliberate:  # a failure beside the stop of another is a failure
             self._leave()
             raise (verdict if self.rank == 0 else verdict.brief()).error() from None
 
@@ -492,7 +495,10 @@ class Watchdog:
     # on all
 
     def _place(self) -> tuple[Place, int]:
-        return place_of(self._watched), _collectives_begun()
+        place = place_of(self._watched)
+        if self.world_size == 1:  # it waits for nobody
+            place = replace(place, collective="")
+        return place, _collectives_begun()
 
     def _stuck(self, now: float) -> Ending:
         """The report on ranks that have been asked where they are."""

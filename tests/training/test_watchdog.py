@@ -3,23 +3,28 @@
 The same faults in ranks that a process of ours supervises, and in ranks that a launcher has made.
 """
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from leakfree.config.schema import TrainerConfig
 from leakfree.errors import DataError
 from leakfree.records import read_record
-from leakfree.training import Stopped
+from leakfree.training import Stopped, train
 from leakfree.training.board import LOST, Board, BoardError
-from leakfree.training.ranks import RankPlan, run_ranks
-from leakfree.training.watchdog import Ending, RankError, Watchdog, first_cause, longest_patience, progress
+from leakfree.training.ranks import RankPlan, plan_ranks, run_ranks
+from leakfree.training.stacks import place_of
+from leakfree.training.watchdog import GONE, STUCK, TRACEBACK, Ending, RankError, at_end, first_cause, progress
 
 PATIENCE = 3.0  # seconds, of every run here
 BOUND = 60  # seconds in which a run must have ended; nearly all of it is the start on a busy machine
@@ -61,10 +66,13 @@ def mistake(folder):
     raise DataError("image 7 is broken")
 
 
+def stops(folder):
+    from leakfree.training import Stopped
+    raise Stopped("SIGUSR2", "step 4 of 9 is saved")
+
+
 def waits_for_a_signal(folder):
-    import torch
-    import torch.distributed as dist
-    time.sleep(60)
+    time.sleep(600)
 
 
 def endless_loop(folder):
@@ -224,6 +232,15 @@ def test_a_mistake_of_the_user_stays_one_line_and_exit_code_2_on_every_rank(job)
     codes, texts = job("joined", "mistake", 1).ended()
     assert set(codes) == {2}
     assert {text for name, text in texts.items()} == {"leakfree: error: image 7 is broken\n"}
+
+
+@SLOW
+@HOW
+def test_a_rank_that_stops_as_asked_is_no_failure(job, how):
+    codes, texts = job(how, "stops", 1).ended()
+    assert set(codes) == {75}
+    words = "leakfree: stopped by SIGUSR2: step 4 of 9 is saved; the same command with --resume goes on from there\n"
+    assert set(texts.values()) == {words}
 
 
 @pytest.mark.parametrize(("how", "culprit"), [("supervised", 0), ("joined", 0), ("joined", 1)])
@@ -393,3 +410,155 @@ def test_a_training_whose_data_stands_still(tmp_path, config_file, monkeypatch, 
     assert len(re.findall(report, (output / "log.txt").read_text())) == 1
     assert read_record(output).status == "interrupted"
     assert (output / "checkpoint_0000002.pt").exists()
+
+
+def test_watching_leaves_nothing_behind(tmp_path, make_config):
+    def held():
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    train(make_config("first"))
+    before = held()
+    train(make_config("second"))
+    assert held() == before
+    with pytest.raises(KeyError, match="ours"):
+        run_ranks(RankPlan(1, 1, False, False), _bug)
+    assert held() == before
+
+
+def _bug():
+    raise KeyError("ours")
+
+
+# ------------------------------------------------------------------------------------- the parts
+
+
+def test_of_several_endings_the_cause_is_told():
+    mistake = Ending.of(2, DataError("image 7 is broken"))
+    stuck, gone = Ending(-1, STUCK, "stuck", when=3.0), Ending(1, GONE, "rank 1 is gone", when=2.0)
+    first, second = Ending(0, TRACEBACK, "first", when=4.0), Ending(3, TRACEBACK, "second", when=5.0)
+    stopped = Ending.of(1, Stopped("SIGTERM", "step 3 is saved"))
+    rising = [stopped, second, first, gone, stuck, mistake]
+    for number in range(1, len(rising) + 1):
+        assert first_cause(rising[:number]) is rising[number - 1]
+        assert first_cause(rising[:number][::-1]) is rising[number - 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(DataError("image 7"), 2), (Stopped("SIGTERM", "here"), 75), (KeyboardInterrupt(), 130), (OSError("disk"), 1)],
+)
+def test_an_ending_becomes_an_error_again(error, code):
+    ending = Ending.of(1, error)
+    again = ending.error()
+    assert ending.exit_code == code
+    if code == 1:
+        assert isinstance(again, RankError)
+        assert "OSError: disk" in str(again)
+        assert "\n" not in ending.brief().text
+    else:
+        assert type(again) is type(error)
+        assert str(error) in str(again)
+
+
+def test_the_patience_of_a_plan_is_that_of_the_config():
+    assert plan_ranks(TrainerConfig(stuck_after=7.0)).stuck_after == 7.0
+    assert plan_ranks(TrainerConfig()) == RankPlan(1, 1, False, False)
+
+
+def _received(board, within=5.0):
+    deadline = time.monotonic() + within
+    while not (found := board.receive(0.1)):
+        assert time.monotonic() < deadline
+    return found
+
+
+@pytest.fixture
+def host():
+    board = Board.host(["127.0.0.1"])
+    done = threading.Event()
+    found = []
+
+    def serve():
+        while not done.is_set():
+            found.extend(board.receive(0.05))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    board.found = found
+    yield board
+    done.set()
+    thread.join()
+    board.close()
+
+
+def _until(condition, within=5.0):
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_messages_arrive_whole_and_the_end_of_a_connection_after_them(host):
+    guest = Board.join(host.address, 3)
+    guest.send({"is": "a", "text": "x" * 100_000})
+    guest.send({"is": "b"})
+    _until(lambda: len(host.found) == 2)
+    host.send({"is": "c"})
+    assert _received(guest) == [(0, {"is": "c"})]
+    guest.close()
+    _until(lambda: len(host.found) == 3)
+    assert [(rank, message["is"]) for rank, message in host.found] == [(3, "a"), (3, "b"), (3, LOST)]
+
+
+def test_a_stranger_is_not_heard(host):
+    known = json.loads(host.address)
+    with pytest.raises(BoardError, match="another program answers"):
+        Board.join(json.dumps({**known, "token": "guessed"}), 1)
+    for rubbish in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"x" * 10_000, b"\xff\n"):
+        with socket.create_connection(("127.0.0.1", known["port"]), timeout=5) as stranger:
+            stranger.sendall(rubbish)
+            with suppress(ConnectionResetError):
+                assert stranger.recv(10) == b""  # closed
+    assert host.found == []
+    guest = Board.join(host.address, 1)  # the board is still there
+    guest.close()
+
+
+def test_a_board_that_cannot_be_reached():
+    address = json.dumps({"names": ["127.0.0.1"], "port": free_port(), "token": "x"})
+    with pytest.raises(BoardError, match=r"port \d+ of rank 0 cannot be reached \(127.0.0.1: .*refused"):
+        Board.join(address, 1)
+
+
+def test_what_a_thread_does_is_told_from_its_stack():
+    ready, go = threading.Event(), threading.Event()
+
+    def waiting():
+        ready.set()
+        go.wait()
+
+    thread = threading.Thread(target=waiting)
+    thread.start()
+    ready.wait()
+    _until(lambda: "go.wait()" in place_of(thread.ident).stack)
+    place = place_of(thread.ident)
+    go.set()
+    thread.join()
+    assert (place.collective, place.doing) == ("", "waiting")
+    assert re.fullmatch(r"\S*test_watchdog.py:\d+", place.where)
+    assert place_of(thread.ident).doing == "nothing (its thread has ended)"
+
+
+def test_progress_costs_next_to_nothing():
+    began = time.perf_counter()
+    for step in range(10_000):
+        progress(f"step {step}")
+    assert time.perf_counter() - began < 1.0  # 100 us each, a thousand times what it takes
+
+
+def test_what_is_to_do_at_the_end_is_forgotten_with_its_block():
+    from leakfree.training import watchdog
+
+    with at_end(print):
+        assert watchdog._tidying == [print]
+    assert watchdog._tidying == []
