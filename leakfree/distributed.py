@@ -53,7 +53,9 @@ def _resolve(group: Group) -> dist.ProcessGroup | None:
         nodes = all_gather_objects(node)
         members = [[rank for rank, other in enumerate(nodes) if other == name] for name in dict.fromkeys(nodes)]
         _node_groups.clear()  # of an earlier world
-        mine, _ = dist.new_subgroups_by_enumeration(members)
+        device = torch.device("cuda") if "nccl" in str(dist.get_backend(world)) else torch.device("cpu")
+        timeout = world._get_backend(device).options._timeout  # torch would give it its default
+        mine, _ = dist.new_subgroups_by_enumeration(members, timeout)
         assert isinstance(mine, dist.ProcessGroup)  # this rank is in one
         _node_groups[world] = mine
     return _node_groups[world]

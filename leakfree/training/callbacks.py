@@ -26,7 +26,8 @@ from leakfree.training.journal import Journal
 from leakfree.training.logs import LOG, StepBar
 from leakfree.training.module import TrainingModule, seed_step
 from leakfree.training.saving import BackgroundCheckpoints
-from leakfree.training.stopping import StopAsked, Stopped, progress
+from leakfree.training.stopping import StopAsked, Stopped, what_is_saved
+from leakfree.training.watchdog import progress
 
 __all__ = ["DoubleForwardCallback", "FreezeBNCallback", "Moments", "ScheduleCallback"]
 
@@ -112,11 +113,12 @@ class Moments(L.Callback):
                     self._save(trainer, module, step, checkpoint_name(step))
                 raise self._stopped(stop.signal_name, trainer) from None
         self.journal.waiting()
+        progress("the end of training" if last else f"step {step + 1}", slow=last)
 
     def _stopped(self, signal_name: str, trainer: L.Trainer) -> Stopped:
         """Once what was saved is on disk, on every rank."""
         self.saved_to_disk()
-        return Stopped(signal_name, progress(trainer.global_step, trainer.max_steps, self.folder))
+        return Stopped(signal_name, what_is_saved(trainer.global_step, trainer.max_steps, self.folder))
 
     def _validate(self, module: TrainingModule, step: int) -> None:
         self.bar.stop()  # the evaluation shows its own
@@ -130,6 +132,7 @@ class Moments(L.Callback):
             LOG.info("step: %d/%d  %s", step, self.journal.max_steps, numbers)
 
     def _save(self, trainer: L.Trainer, module: TrainingModule, step: int, name: str) -> None:
+        progress(f"saving step {step}", slow=True)
         module.seconds += self.journal.seconds
         self.journal.seconds = 0.0
         trainer.save_checkpoint(self.folder / name)

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from leakfree import __version__
 from leakfree.distributed import get_rank, get_world_size
 from leakfree.records import RunRecord
+from leakfree.training.watchdog import progress
 
 __all__ = ["LOG", "StepBar", "environment", "first_lines", "logging_to", "on_terminal", "result_lines", "track"]
 
@@ -128,7 +129,8 @@ class StepBar:
 
 
 def track(batches: Iterable[Any], what: str) -> Iterable[Any]:
-    """Pass ``batches`` on: rank 0 says what for, and shows a bar on a terminal."""
+    """Pass ``batches`` on: rank 0 says what for, and shows a bar on a terminal. Each is a progress of this rank."""
+    batches = _Watched(batches, what)
     if get_rank() != 0:
         yield from batches
         return
@@ -137,7 +139,23 @@ def track(batches: Iterable[Any], what: str) -> Iterable[Any]:
         yield from batches
         return
     with _bar() as bar:
-        yield from bar.track(batches, total=len(batches) if isinstance(batches, Sized) else None, description=what)
+        yield from bar.track(batches, total=batches.total, description=what)
+
+
+class _Watched:
+    """Batches of an evaluation that tell the watchdog of each."""
+
+    def __init__(self, batches: Iterable[Any], what: str) -> None:
+        self.batches = batches
+        self.what = what
+        self.total = len(batches) if isinstance(batches, Sized) else None
+
+    def __iter__(self) -> Iterator[Any]:
+        progress(f"{self.what}: the first batch", slow=True)
+        for number, batch in enumerate(self.batches, start=1):
+            progress(f"{self.what}: batch {number}")
+            yield batch
+        progress(f"what comes after {self.what}", slow=True)
 
 
 def _bar(*more: str) -> Progress:

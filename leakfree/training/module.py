@@ -22,6 +22,7 @@ from leakfree.state import load_buffers
 from leakfree.training.buffers import buffers_of_rank, differing_buffers, pool_statistics, pooled_values
 from leakfree.training.logs import LOG
 from leakfree.training.tasks import Task
+from leakfree.training.watchdog import progress
 
 __all__ = ["TrainingModule", "build_optimizer", "freeze_as_trained", "seed_step"]
 
@@ -84,8 +85,12 @@ class TrainingModule(L.LightningModule):
             self.global_step,
             self.config.schedule.max_steps,
             steps_per_epoch=self._steps_per_epoch,
-            before=(lambda _: self.task.estimate_statistics()) if precise else pool_statistics,
+            before=self._estimate if precise else pool_statistics,
         )
+
+    def _estimate(self, _: nn.Module) -> None:
+        progress(f"estimating the statistics to freeze at step {self.global_step}", slow=True)
+        self.task.estimate_statistics()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         losses = self.task.losses(batch)

@@ -18,32 +18,34 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from leakfree import errors
 from leakfree.config.schema import TrainerConfig
-from leakfree.errors import ConfigError, LeakfreeError
+from leakfree.errors import ConfigError
 from leakfree.signals import STOP_SIGNALS, held_back
-from leakfree.training.stopping import EXIT_STOPPED, Stopped, listening, received
+from leakfree.training.meeting import from_launcher, interface_of_this_machine, meet, names_of_this_machine
+from leakfree.training.stopping import listening, received
+from leakfree.training.watchdog import GONE, Ending, RankError, Watchdog, first_cause, longest_patience
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 __all__ = ["RankError", "RankPlan", "plan_ranks", "run_ranks", "threads_per_rank", "usable_cores"]
 
-_GRACE = 3.0  # seconds the other ranks have to tell what they saw, once one has failed
-_STOPPING = 15.0  # seconds the other ranks have to end, once one has stopped with everything saved
-_LOOK = 0.2  # seconds between two looks for a signal
-_LONGEST = 20_000  # characters of a traceback; a pipe holds 64 KiB
-
-
-class RankError(RuntimeError):
-    """A rank failed or was killed; the message names it and holds its traceback."""
+_GRACE = 3.0  # seconds the other ranks have to tell what they saw, once one has failed,
+_STOPPING = 20.0  # or to end too, once one has stopped as asked
+_POLL = 0.2  # seconds between two looks for signals; a dead rank's loader processes can hide its end from the sentinel
+_TIMEOUT_LATER = 300.0  # seconds by which the process group's own time limit is later than the watchdog's
+_NEVER = 3.0e7  # seconds; a year
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,16 @@ class RankPlan:
         local_size: ranks on this machine.
         gpus: each rank has a GPU of its own.
         joined: the ranks exist already (RANK, LOCAL_RANK and WORLD_SIZE are set); this is one of them.
+        stuck_after: seconds without progress of a rank that end the run; 0 = never.
+        join_within: seconds in which all ranks must have arrived.
     """
 
     world_size: int
     local_size: int
     gpus: bool
     joined: bool
+    stuck_after: float = 1800.0
+    join_within: float = 300.0
 
     @property
     def num_nodes(self) -> int:
@@ -79,11 +85,11 @@ def plan_ranks(trainer: TrainerConfig) -> RankPlan:
     world_size = local_size
     joined = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if joined:
-        world_size = _from_launcher("WORLD_SIZE", low=1)
+        world_size = from_launcher("WORLD_SIZE", low=1)
         here = "LOCAL_WORLD_SIZE" in os.environ
-        local_size = _from_launcher("LOCAL_WORLD_SIZE", low=1) if here else min(local_size, world_size)
+        local_size = from_launcher("LOCAL_WORLD_SIZE", low=1) if here else min(local_size, world_size)
         for name in ("RANK", "LOCAL_RANK"):
-            _from_launcher(name, low=0)
+            from_launcher(name, low=0)
     elif trainer.num_machines > 1:
         raise ConfigError(
             f"trainer.num_machines: {trainer.num_machines} machines need a launcher that starts the ranks on all of "
@@ -101,17 +107,7 @@ def plan_ranks(trainer: TrainerConfig) -> RankPlan:
         raise ConfigError(
             f"trainer.total_batch_size: {trainer.total_batch_size} images cannot be shared evenly by {world_size} ranks"
         )
-    return RankPlan(world_size, local_size, gpus, joined)
-
-
-def _from_launcher(name: str, low: int) -> int:
-    text = os.environ[name].strip()
-    if not (text.isascii() and text.isdigit()) or int(text) < low:
-        raise ConfigError(
-            f"environment variable {name}: got {os.environ[name]!r}, must be a whole number of at least {low}; "
-            "a launcher such as torchrun sets it: without one, unset RANK, LOCAL_RANK and WORLD_SIZE"
-        )
-    return int(text)
+    return RankPlan(world_size, local_size, gpus, joined, trainer.stuck_after)
 
 
 def threads_per_rank(plan: RankPlan, wanted: int) -> int:
@@ -147,19 +143,33 @@ def run_ranks(plan: RankPlan, function: Callable[..., None], *args: Any) -> None
         KeyboardInterrupt: Ctrl-C; all ranks have been ended.
     """
     if plan.joined:
-        with _process_group(plan, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "env://"):
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        with _member(plan, rank, local_rank, None, lambda ending: _say(ending, rank)):
             function(*args)
     elif plan.world_size == 1:
-        with _process_group(plan, 0, 0, ""):
+        with _member(plan, 0, 0, None, lambda ending: _say(ending, 0)):
             function(*args)
     else:
         with tempfile.TemporaryDirectory(prefix="leakfree-") as folder:
-            _supervise(plan, f"file://{folder}/store", function, args)
+            _supervise(plan, f"{folder}/store", function, args)
+
+
+def _say(ending: Ending, rank: int) -> None:
+    """What a command says of an end that is not its own; the whole of it once."""
+    print("leakfree:", (ending if rank == 0 else ending.brief()).spoken(), file=sys.stderr)
+
+
+# -------------------------------------------------------------------------- the process group
 
 
 @contextmanager
-def _process_group(plan: RankPlan, rank: int, local_rank: int, init_method: str) -> Iterator[None]:
-    """This rank's device and, among several ranks, the process group (or the one that is there)."""
+def _member(
+    plan: RankPlan, rank: int, local_rank: int, file: str | None, tell: Callable[[Ending], object]
+) -> Iterator[None]:
+    """This rank's device, its watchdog and, among several ranks, the process group (or the one that is there).
+
+    The ranks find each other through ``file``, or where a launcher says.
+    """
     import torch
     import torch.distributed as dist
 
@@ -167,34 +177,54 @@ def _process_group(plan: RankPlan, rank: int, local_rank: int, init_method: str)
     if device is not None:
         torch.cuda.set_device(device)
     made = plan.world_size > 1 and not dist.is_initialized()
-    if made:
-        backend = "nccl" if plan.gpus else "gloo"
-        dist.init_process_group(
-            backend, init_method=init_method, rank=rank, world_size=plan.world_size, device_id=device
-        )
-    yield
-    # Only on success: after a failure the peers may be gone, and closing would wait for them.
-    if made:
-        dist.destroy_process_group()
+    store = meet(rank, plan.world_size, file, plan.join_within) if made else None
+    watchdog = Watchdog(
+        rank,
+        plan.world_size,
+        stuck_after=plan.stuck_after,
+        names=["127.0.0.1"] if file is not None or plan.num_nodes == 1 else names_of_this_machine(),
+        exchange=partial(_exchanged, store),
+        tell=tell,
+        several_machines=plan.num_nodes > 1,
+    )
+    with watchdog:
+        if made:
+            if plan.num_nodes > 1 and not plan.gpus and (interface := interface_of_this_machine()):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            # later than the watchdog, who knows more
+            patience = min(longest_patience(plan.stuck_after), _NEVER) + _TIMEOUT_LATER
+            dist.init_process_group(
+                "nccl" if plan.gpus else "gloo",
+                store=store,
+                rank=rank,
+                world_size=plan.world_size,
+                device_id=device,
+                timeout=timedelta(seconds=patience),
+            )
+        yield
+        # Only on success: after a failure the peers may be gone, and closing would wait for them.
+        if made:
+            dist.destroy_process_group()
+
+
+def _exchanged(store: dist.Store | None, text: str) -> str:
+    """Rank 0's text (the others give none), through the store or the process group that is there."""
+    if store is None:
+        from leakfree.distributed import broadcast_object
+
+        return str(broadcast_object(text))
+    if text:
+        store.set("watchdog", text)
+    return str(store.get("watchdog").decode())
 
 
 # ---------------------------------------------------------------------------------- in a rank
 
 
-@dataclass
-class _Report:
-    """What a failed rank tells: the name of a LeakfreeError, or "" with a traceback; or that it stopped."""
-
-    when: float
-    kind: str
-    text: str
-    stopped: Stopped | None = None
-
-
 def _serve(
     rank: int,
     plan: RankPlan,
-    init_method: str,
+    file: str,
     parent: int,
     pipe: Connection,
     function: Callable[..., None],
@@ -216,24 +246,16 @@ def _serve(
     try:
         with listening(to_the_end=True):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those that came since this process was started
-            with _process_group(plan, rank, rank, init_method):
+            with _member(plan, rank, rank, file, pipe.send):
                 function(*args)
-    except Stopped as stop:
-        pipe.send(_Report(time.time(), "", str(stop), stop))
-        _leave(EXIT_STOPPED)
-    except LeakfreeError as error:
-        pipe.send(_Report(time.time(), type(error).__name__, str(error)))
-    except BaseException:
-        pipe.send(_Report(time.time(), "", traceback.format_exc()[-_LONGEST:]))
+    except BaseException as error:
+        ending = Ending.of(rank, error)
+        pipe.send(ending)
     else:
         return
-    _leave(1)
-
-
-def _leave(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(exit_code)  # not the ordinary way out: threads of a broken process group may wait for ever
+    os._exit(ending.exit_code)  # not the ordinary way out: threads of a broken process group may wait for ever
 
 
 def _die_with(parent: int) -> None:
@@ -247,8 +269,8 @@ def _die_with(parent: int) -> None:
 # ------------------------------------------------------------------------- in the watching process
 
 
-def _supervise(plan: RankPlan, init_method: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    processes, pipes = _start(plan, init_method, function, args)
+def _supervise(plan: RankPlan, file: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    processes, pipes = _start(plan, file, function, args)
     try:
         reports = _watch(processes, pipes)
     finally:
@@ -258,7 +280,7 @@ def _supervise(plan: RankPlan, init_method: str, function: Callable[..., None], 
 
 
 def _start(
-    plan: RankPlan, init_method: str, function: Callable[..., None], args: tuple[Any, ...]
+    plan: RankPlan, file: str, function: Callable[..., None], args: tuple[Any, ...]
 ) -> tuple[list[BaseProcess], list[Connection]]:
     context = multiprocessing.get_context("spawn")
     with held_back(), _tracker_silenced():
@@ -269,7 +291,7 @@ def _start(
         for rank in range(plan.local_size):
             here, there = context.Pipe(duplex=False)
             process = context.Process(
-                target=_serve, args=(rank, plan, init_method, os.getpid(), there, function, args), name=f"rank {rank}"
+                target=_serve, args=(rank, plan, file, os.getpid(), there, function, args), name=f"rank {rank}"
             )
             process.start()
             there.close()
@@ -301,26 +323,24 @@ def _tracker_silenced() -> Iterator[None]:
         sys.warnoptions.remove(option)
 
 
-def _watch(processes: list[BaseProcess], pipes: list[Connection]) -> dict[int, _Report | None] | None:
-    """Wait until all ranks are done (None), or one has failed (the reports of those that ended)."""
-    running = {process.sentinel: rank for rank, process in enumerate(processes)}
-    failed: dict[int, _Report | None] = {}
-    deadline: float | None = None
+def _watch(processes: list[BaseProcess], pipes: list[Connection]) -> dict[int, Ending | None] | None:
+    """Wait until all ranks are done (None), or one has failed (what those told that have ended)."""
+    running = dict(enumerate(processes))
+    failed: dict[int, Ending | None] = {}
+    deadline = math.inf
     handed_on = False
-    while running:
+    while running and time.monotonic() < deadline:
         if received() and not handed_on:
             handed_on = True
-            _hand_on(received(), [processes[rank] for rank in running.values()])
-        left = _LOOK if deadline is None else deadline - time.monotonic()
-        if left <= 0:
-            break
-        for sentinel in wait(list(running), timeout=min(left, _LOOK)):
-            rank = running.pop(sentinel)  # type: ignore[arg-type]
-            processes[rank].join()
-            if processes[rank].exitcode != 0:
-                report = failed[rank] = _received(pipes[rank])
-                grace = _STOPPING if report and report.stopped else _GRACE
-                deadline = deadline or time.monotonic() + grace
+            _hand_on(received(), list(running.values()))
+        left = min(_POLL, deadline - time.monotonic())
+        wait([process.sentinel for process in running.values()], timeout=max(0.0, left))
+        for rank in [rank for rank, process in running.items() if _has_ended(process)]:
+            running[rank].join()
+            if running.pop(rank).exitcode != 0:
+                failed[rank] = told = _received(pipes[rank])
+                grace = _STOPPING if told is not None and told.deliberate else _GRACE
+                deadline = min(deadline, time.monotonic() + grace)
     return failed or None
 
 
@@ -331,7 +351,17 @@ def _hand_on(signal_name: str, processes: list[BaseProcess]) -> None:
             os.kill(process.pid, signal.Signals[signal_name])
 
 
-def _received(pipe: Connection) -> _Report | None:
+def _has_ended(process: BaseProcess) -> bool:
+    """Whether it has; the loader processes that a failed rank has left are then ended too."""
+    assert process.pid is not None
+    found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if found is not None and found.si_status != 0:
+        with suppress(ProcessLookupError, PermissionError):  # it led no group yet
+            os.killpg(process.pid, signal.SIGKILL)  # not reaped: its id cannot be anybody else's
+    return found is not None
+
+
+def _received(pipe: Connection) -> Ending | None:
     try:
         return pipe.recv() if pipe.poll() else None
     except EOFError:  # it died without a word
@@ -354,24 +384,13 @@ def _end(processes: list[BaseProcess]) -> None:
         sys.stdout.write("\x1b[?25h")  # a progress bar hides the cursor
 
 
-def _failure(reports: dict[int, _Report | None], exit_codes: list[int | None]) -> Exception:
-    """The error to raise: the user's mistake, else that the run stopped (what it says is saved), else a rank that died,
-    else the first traceback.
-
-    The others mostly saw only that their peer was gone.
-    """
-    told = sorted(((report.when, rank, report) for rank, report in reports.items() if report), key=lambda item: item[0])
-    for _, _, failure in told:
-        if failure.kind:
-            return getattr(errors, failure.kind, LeakfreeError)(failure.text)
-    for _, _, end in told:
-        if end.stopped is not None:
-            return end.stopped
-    for rank, report in reports.items():
-        if report is None:
-            return RankError(f"rank {rank} {_death(exit_codes[rank])}; the other ranks have been ended")
-    _, rank, first = told[0]
-    return RankError(f"rank {rank} failed; the other ranks have been ended. Its traceback:\n{first.text}")
+def _failure(told: dict[int, Ending | None], exit_codes: list[int | None]) -> BaseException:
+    """The error to raise for what ended the ranks; they told it, or died without a word."""
+    endings = [
+        ending or Ending(rank, GONE, f"rank {rank} {_death(exit_codes[rank])}; the other ranks have been ended")
+        for rank, ending in told.items()
+    ]
+    return first_cause(endings).error()
 
 
 def _death(exit_code: int | None) -> str:

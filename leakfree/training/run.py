@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from leakfree.config.schema import RunConfig
@@ -21,7 +22,8 @@ from leakfree.training.folder import (
 )
 from leakfree.training.lock import locked
 from leakfree.training.ranks import RankPlan, plan_ranks, run_ranks
-from leakfree.training.stopping import Stopped, listening, progress
+from leakfree.training.stopping import Stopped, listening, what_is_saved
+from leakfree.training.watchdog import RankError, at_end
 
 __all__ = ["evaluate", "train"]
 
@@ -106,20 +108,28 @@ def _evaluate_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
 
 
 def _run(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> RunRecord:
-    if plan.joined:
-        run_ranks(plan, _joined, config, plan, work, decide)
-    else:
-        with locked(config.output_dir) as folder:
-            start = decide(folder)
-            if start.finished:
-                print(*start.notices, sep="\n")
-            else:
-                with _guarded(config):
-                    run_ranks(plan, work, config, plan, start)
+    held: list[Path] = []  # the output folder, once this process may write there
+    try:
+        if plan.joined:
+            run_ranks(plan, _joined, config, plan, work, decide, held)
+        else:
+            with locked(config.output_dir) as folder:
+                held.append(folder)
+                start = decide(folder)
+                if start.finished:
+                    print(*start.notices, sep="\n")
+                else:
+                    with _guarded(config), at_end(partial(_note_end, folder)):
+                        run_ranks(plan, work, config, plan, start)
+    except RankError as error:
+        for folder in held:
+            with suppress(OSError):  # perhaps the disk is full
+                _log(folder, f"failed: {error}")
+        raise
     return read_record(config.output_dir)
 
 
-def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> None:
+def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide, held: list[Path]) -> None:
     """One of the ranks that a launcher has made: rank 0 looks at the folder for all."""
     from leakfree.distributed import broadcast_object, get_rank
 
@@ -127,7 +137,9 @@ def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> No
         found: Start | LeakfreeError | None = None
         if get_rank() == 0:
             try:
-                found = decide(stack.enter_context(locked(config.output_dir)))
+                held.append(stack.enter_context(locked(config.output_dir)))
+                found = decide(held[0])
+                stack.enter_context(at_end(partial(_note_end, held[0])))
             except LeakfreeError as error:
                 found = error
         found = broadcast_object(found)
@@ -154,14 +166,22 @@ def _guarded(config: RunConfig) -> Iterator[None]:
         raise
 
 
-def _tell_interrupted(config: RunConfig, folder: Path) -> None:
-    saved = list_checkpoints(folder)
-    done = progress(trained_step(saved[0], config), config.schedule.max_steps, folder) if saved else ""
-    line = f"interrupted: {done or 'nothing is saved yet'}; the same command with --resume goes on from there"
-    print(("\n" if sys.stderr.isatty() else "") + line, file=sys.stderr)  # below what a bar left
-    _log(folder, line)
+def _note_end(folder: Path, report: str) -> None:
+    """The watchdog is about to end this process."""
+    with suppress(OSError):  # perhaps the disk is full
+        interrupted_record(folder, RankError(report))
+        _log(folder, report)
 
 
 def _log(folder: Path, line: str) -> None:
+    """Add a line to the log of a run whose ranks no longer write there."""
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         log.write(line + "\n")
+
+
+def _tell_interrupted(config: RunConfig, folder: Path) -> None:
+    saved = list_checkpoints(folder)
+    done = what_is_saved(trained_step(saved[0], config), config.schedule.max_steps, folder) if saved else ""
+    line = f"interrupted: {done or 'nothing is saved yet'}; the same command with --resume goes on from there"
+    print(("\n" if sys.stderr.isatty() else "") + line, file=sys.stderr)  # below what a bar left
+    _log(folder, line)

@@ -13,7 +13,7 @@ from typing import Any
 
 from leakfree.signals import STOP_SIGNALS
 
-__all__ = ["EXIT_STOPPED", "StopAsked", "Stopped", "listening", "progress", "received"]
+__all__ = ["EXIT_STOPPED", "StopAsked", "Stopped", "listening", "received", "what_is_saved"]
 
 EXIT_STOPPED = 75  # of a command or a rank that stopped: EX_TEMPFAIL, try again
 _received = ""
@@ -48,7 +48,7 @@ class StopAsked(Exception):
         self.signal_name = signal_name
 
 
-def progress(step: int, max_steps: int, folder: object) -> str:
+def what_is_saved(step: int, max_steps: int, folder: object) -> str:
     """What of a run is saved, for :class:`Stopped`; ``step`` is that of the newest checkpoint, 0 = none."""
     return f"step {step} of {max_steps} is saved in {folder}" if step else "no step was done, nothing is saved"
 

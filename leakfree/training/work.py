@@ -41,8 +41,9 @@ from leakfree.training.logs import LOG, StepBar, environment, first_lines, loggi
 from leakfree.training.module import TrainingModule, freeze_as_trained, seed_step
 from leakfree.training.ranks import RankPlan, threads_per_rank
 from leakfree.training.saving import BackgroundCheckpoints
-from leakfree.training.stopping import StopAsked, Stopped, progress
+from leakfree.training.stopping import StopAsked, Stopped, what_is_saved
 from leakfree.training.tasks import Task
+from leakfree.training.watchdog import at_end, progress
 
 __all__ = ["evaluate_on_rank", "train_on_rank"]
 
@@ -94,6 +95,7 @@ def _initial_weights(config: RunConfig) -> tuple[str, Sequence[str]]:
 
 
 def _build(config: RunConfig, weights: str, parts: Sequence[str]) -> Task:
+    progress("building the model and opening the data", slow=True)
     seed_step(config.seed, 0, 0)  # the same initial weights on every rank
     return _task(config.task)(config, weights, parts)
 
@@ -216,6 +218,7 @@ class _Session:
     def evaluate(self, task: Task) -> None:
         """Measure everything the config asks for; rank 0 adds it to the record."""
         task.model.to(self.device)
+        progress("the evaluation", slow=True)
         began = time.perf_counter()
         found = task.evaluate(self.agreement.track)
         if self.record is not None:
@@ -228,7 +231,7 @@ class _Session:
     def stopped(self, stop: StopAsked) -> Stopped:
         if self.saved is None:
             return Stopped(stop.signal_name, "nothing of this evaluation is recorded", "give the same command again")
-        return Stopped(stop.signal_name, progress(self.saved, self.config.schedule.max_steps, self.folder))
+        return Stopped(stop.signal_name, what_is_saved(self.saved, self.config.schedule.max_steps, self.folder))
 
     def close(self, task: Task) -> None:
         """Record the end, and show the results; all ranks leave together."""
@@ -285,8 +288,9 @@ def _fit(config: RunConfig, plan: RankPlan, start: Start, session: _Session, mod
     # before the moments: what a checkpoint holds must be complete
     trainer = _trainer(config, plan, [*_norm_callbacks(module.task, config.schedule), moments], checkpoints)
     batches = _Steps(module.task, start.step, config.schedule.max_steps)
+    progress(f"step {start.step + 1}, the first of this session", slow=True)
     try:
-        with _interrupt_raised(), checkpoints:
+        with _interrupt_raised(), checkpoints, at_end(lambda _: checkpoints.saved_to_disk()):
             trainer.fit(module, train_dataloaders=batches, ckpt_path=start.weights or None, weights_only=True)
     finally:
         journal.close()
