@@ -5,14 +5,17 @@ What every task does to its model, whatever the model is.
 
 from __future__ import annotations
 
+import os
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leakfree.errors import CheckpointError, ConfigError, choices
+from leakfree.errors import CheckpointError, ConfigError, choices, one_line
 from leakfree.keeping import attributes_kept
 from leakfree.norms import PartitionedBatchNorm
 
@@ -26,6 +29,7 @@ __all__ = [
     "load_weights",
     "modes_kept",
     "random_numbers_kept",
+    "read_torch_file",
 ]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -125,6 +129,40 @@ def _is_book(name: str) -> bool:
     return name.rpartition(".")[2].startswith(("num_batches_tracked", "memory_", "window_"))
 
 
+def read_torch_file(path: str | os.PathLike[str]) -> Any:
+    """Read what ``torch.save`` wrote onto the CPU; nothing in the file can run, and damage is seen.
+
+    Raises:
+        CheckpointError: no file, no regular one, damaged (its checksums differ), or of more than plain data.
+    """
+    if not os.path.isfile(path):  # opening a pipe would wait for a writer
+        reason = "no regular file" if os.path.exists(path) else "no such file"
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {reason}")
+    try:
+        if zipfile.is_zipfile(path) and (fault := _fault_of_zip(path)):
+            raise CheckpointError(f"{path}: cannot be read as a checkpoint: {fault}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # how the file was pickled; what matters is refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        told = str(error).strip() or type(error).__name__
+        reason = told.splitlines()[0].partition(" In PyTorch")[0]  # torch goes on with how to run such a file
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {one_line(reason)}") from error
+
+
+def _fault_of_zip(path: str | os.PathLike[str]) -> str:
+    with zipfile.ZipFile(path) as file:
+        if sum(item.file_size for item in file.infolist()) > os.path.getsize(path):  # torch.save compresses nothing
+            return "its members are larger than the file"
+        names = file.namelist()
+        if len(set(names)) < len(names):
+            return "it holds a member twice"
+        broken = file.testzip()
+    return f"checksum of {broken} differs" if broken is not None else ""
+
+
 def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None:
     """Load a checkpoint's weights into ``model``: all of them, or only the submodules ``parts``.
 
@@ -135,17 +173,18 @@ def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None
         CheckpointError: no such file, a damaged file, or weights of another model: the first names that
             are missing, left over, or of another shape are listed, and nothing is loaded.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"model.weights: no file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0].partition(" In PyTorch")[0]  # torch goes on with how to run such a file
-        raise CheckpointError(f"model.weights: {path} cannot be read as a checkpoint: {reason}") from error
+        state = read_torch_file(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.weights: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"model.weights: {path} holds no state dict of tensors")
     state = {name.removeprefix("model."): value for name, value in state.items()}
     own = model.state_dict()
@@ -175,4 +214,7 @@ def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None
     ]
     if faults:
         raise CheckpointError(f"model.weights: {path} is a checkpoint of another model: it {'; it '.join(faults)}")
-    model.load_state_dict({**own, **state})
+    try:
+        model.load_state_dict({**own, **state})
+    except RuntimeError as error:  # tensors of a kind that cannot be copied: sparse, quantized, without values
+        raise CheckpointError(f"model.weights: {path}: {one_line(error)}") from error

@@ -43,7 +43,8 @@ def checkpoint_name(step: int) -> str:
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, newest first; that of the finished training before all others."""
     folder = Path(folder)
-    steps = {path: int(match[1]) for path in folder.glob("checkpoint_*.pt") if (match := _NAME.match(path.name))}
+    names = ((path, _NAME.match(path.name)) for path in folder.glob("checkpoint_*.pt"))
+    steps = {path: int(match[1]) for path, match in names if match and path.is_file()}  # not a folder, not a pipe
     final = [folder / FINAL] if (folder / FINAL).is_file() else []
     return final + sorted(steps, key=lambda path: steps[path], reverse=True)
 
@@ -116,13 +117,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, damaged, or no dict.
     """
-    import torch
+    from leakfree.state import read_torch_file
 
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0].partition(" In PyTorch")[0]  # torch goes on with how to run such a file
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {reason}") from error
+    content = read_torch_file(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
     return content

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from leakfree.config import config_to_dict, save_config
 from leakfree.config.schema import RunConfig, ScheduleConfig
 from leakfree.distributed import all_gather_objects, barrier, get_rank
-from leakfree.errors import ConfigError, LeakfreeError, RunError
+from leakfree.errors import CheckpointError, ConfigError, LeakfreeError, RunError, one_line
 from leakfree.leakage import check_config
 from leakfree.norms import BatchRenorm, CrossIterationBatchNorm, MemorizedBatchNorm
 from leakfree.records import RunRecord, read_record, write_record
@@ -58,9 +58,10 @@ def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
         if start.step < config.schedule.max_steps:
             _fit(config, plan, start, session, module)
         else:
-            checkpoint = read_checkpoint(start.weights)
-            module.load_state_dict(checkpoint["state_dict"])
-            freeze_as_trained(task.model, checkpoint)
+            with _restoring(module, start.weights):
+                checkpoint = read_checkpoint(start.weights)
+                module.load_state_dict(checkpoint["state_dict"])
+                freeze_as_trained(task.model, checkpoint)
         task.model.to(session.device)  # Lightning has moved it to the CPU
         pool_statistics(task.model)
         session.evaluate(task)
@@ -71,7 +72,10 @@ def evaluate_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
     """Evaluate the weights of ``start`` and record it; every rank runs this."""
     with _session(config, plan, start) as session:
         task = _build(config, start.weights, ())  # the whole of it, whatever a training would start from
-        freeze_as_trained(task.model, read_checkpoint(start.weights))
+        try:
+            freeze_as_trained(task.model, read_checkpoint(start.weights))
+        except CheckpointError as error:
+            raise CheckpointError(f"{start.weights}: {error}") from error
         session.open(task, steps=None)
         session.evaluate(task)
         session.close(task)
@@ -236,10 +240,30 @@ def _fit(config: RunConfig, plan: RankPlan, start: Start, session: _Session, mod
     batches = _Steps(module.task, start.step, config.schedule.max_steps)
     try:
         with _interrupt_raised():
-            trainer.fit(module, train_dataloaders=batches, ckpt_path=start.weights or None, weights_only=True)
+            with _restoring(module, start.weights):
+                trainer.fit(module, train_dataloaders=batches, ckpt_path=start.weights or None, weights_only=True)
     finally:
         journal.close()
     assert trainer.global_step == config.schedule.max_steps, "the training ended early"
+
+
+@contextmanager
+def _restoring(module: TrainingModule, path: str) -> Iterator[None]:
+    """A checkpoint that is whole may still hold what fits neither the model nor Lightning: told by its name, in a line.
+
+    Raises:
+        CheckpointError: in place of what the libraries raise for it, before the first step.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise error if path in str(error) or module.began else CheckpointError(f"{path}: {error}") from error
+    except (torch.OutOfMemoryError, torch.distributed.DistError, LeakfreeError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if module.began or not path:
+            raise
+        raise CheckpointError(f"{path}: cannot be continued from: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _norm_callbacks(task: Task, schedule: ScheduleConfig) -> list[L.Callback]:

@@ -31,7 +31,9 @@ def main() -> int:
         if result.faults:
             failed += 1
             print(f"FAILED {result.number} {result.kind}: {result.what}: {'; '.join(result.faults)}")
-            print(f"    {' '.join(result.argv)!r:.600}\n    " + result.report[-1500:].replace("\n", "\n    "), flush=True)
+            print(
+                f"    {' '.join(result.argv)!r:.600}\n    " + result.report[-1500:].replace("\n", "\n    "), flush=True
+            )
     ends = sorted({end for _, end in counts})
     print(f"{'':<12}" + "".join(f"{end:>10}" for end in ends))
     for kind in dict.fromkeys(kind for kind, _ in counts):

@@ -202,12 +202,17 @@ def _rewrite(sound: Path, path: Path, change: Callable[[str, bytes], bytes], met
 
 def zip_tricks(rng: random.Random, place: Place) -> Case:
     """Members that are huge, elsewhere, twice, or not what they say."""
-    trick = rng.choice(["zeros", "pickle of zeros", "outside", "absolute", "twice", "no data", "lies", "script", "nested"])
+    trick = rng.choice(
+        ["zeros", "pickle of zeros", "outside", "absolute", "twice", "no data", "lies", "script", "nested"]
+    )
 
     def change(sound: Path, path: Path) -> None:
         if trick == "zeros":  # 1 GB in 1 MB
             _rewrite(
-                sound, path, lambda name, data: bytes(1 << 28) if name.endswith("data/0") else data, zipfile.ZIP_DEFLATED
+                sound,
+                path,
+                lambda name, data: bytes(1 << 28) if name.endswith("data/0") else data,
+                zipfile.ZIP_DEFLATED,
             )
         elif trick == "pickle of zeros":
             _rewrite(
@@ -235,7 +240,9 @@ def zip_tricks(rng: random.Random, place: Place) -> Case:
                 path.write_bytes(data)
 
     # What lies beside the members of a checkpoint is never looked at.
-    return _use(rng, place, f"zip: {trick}", change, codes=(0, 2) if trick in ("outside", "absolute", "script") else (2,))
+    return _use(
+        rng, place, f"zip: {trick}", change, codes=(0, 2) if trick in ("outside", "absolute", "script") else (2,)
+    )
 
 
 # ------------------------------------------------------------------------------- contents that are wrong
@@ -294,13 +301,39 @@ def other_weights(rng: random.Random, place: Place) -> Case:
     return _use(rng, place, f"weights: {trick}", change, codes=(0, 2) if trick in (*sound, "extra") else (2,))
 
 
-_ENTRY: list[Any] = [None, 3, "text", [], {}, [1], {"a": 1}, -1, 2**70, float("nan"), True, torch.zeros(2), [None], [{}]]
+_ENTRY: list[Any] = [
+    None,
+    3,
+    "text",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    -1,
+    2**70,
+    float("nan"),
+    True,
+    torch.zeros(2),
+    [None],
+    [{}],
+]
 
 
 def another_entry(rng: random.Random, place: Place) -> Case:
     """What a leakfree training notes beside the weights is another thing."""
     key = rng.choice(
-        ["", "format", "version", "step", "seconds", "world_size", "freeze_bn", "rank_buffers", "config", "freeze_bn.frozen_at"]
+        [
+            "",
+            "format",
+            "version",
+            "step",
+            "seconds",
+            "world_size",
+            "freeze_bn",
+            "rank_buffers",
+            "config",
+            "freeze_bn.frozen_at",
+        ]
     )
     value = rng.choice(_ENTRY)
     gone = rng.random() < 0.3
@@ -370,11 +403,16 @@ def a_broken_folder(rng: random.Random, place: Place) -> Case:
         what = f"record {text[:10]!r}"
         (place.output / "record.json").write_bytes(text)
     elif trick == "key":
-        key, value = rng.choice(list(record)), rng.choice([None, 3, "x", [], {}, {"a": {}}, [1], -1, 1e999, {"world_size": 0}])
+        key, value = (
+            rng.choice(list(record)),
+            rng.choice([None, 3, "x", [], {}, {"a": {}}, [1], -1, 1e999, {"world_size": 0}]),
+        )
         what = f"record.{key}={value!r}"
         (place.output / "record.json").write_text(json.dumps({**record, key: value}))
     elif trick == "rows":
-        row = rng.choice([b"3", b"[]", b"null", b'{"step": "x"}', b'{"step": null}', b"\xff\xfe", b'{"step": 1e999}', b"{" * 9999])
+        row = rng.choice(
+            [b"3", b"[]", b"null", b'{"step": "x"}', b'{"step": null}', b"\xff\xfe", b'{"step": 1e999}', b"{" * 9999]
+        )
         what = f"row {row[:15]!r}"
         (place.output / "metrics.json").write_bytes(row + b"\n" + row + b'\n{"step": 1}\n')
     elif trick == "name":
@@ -397,4 +435,3 @@ MAKERS: list[Make] = [
     damaged_bytes, hostile_pickle, other_weights, another_entry, no_file, another_state, another_content, a_broken_folder,
     no_checkpoint, zip_tricks, hostile_pickle, other_weights, another_entry, another_state, a_broken_folder, of_another_task,
 ]  # fmt: skip
-

@@ -53,9 +53,7 @@ def _written(place: Place, text: str | bytes, name: str = "config.yaml") -> Path
     return path
 
 
-def _line(
-    rng: random.Random, place: Place, path: Path | str, *overrides: str, command: str | None = None
-) -> list[str]:
+def _line(rng: random.Random, place: Place, path: Path | str, *overrides: str, command: str | None = None) -> list[str]:
     command = command or rng.choice(["check", "train", "train", "evaluate"])
     return [command, "--config-file", str(path), f"output_dir={place.output}", *SHORT, *overrides]
 
@@ -111,9 +109,7 @@ def an_unknown_key(rng: random.Random, place: Place) -> Case:
     _, text = _tiny(rng, place)
     name = rng.choice(["trainr", "__init__", "x" * 50_000, "a.b.c", "model.", ".", "${seed}", "schedule.max_step", "é"])
     value = _yaml(rng.choice([1, {"a": {"b": 2}}, "x"]))
-    return Case(
-        f"unknown key {name:.20}", _line(rng, place, _written(place, f"{text}\n{json.dumps(name)}: {value}\n"))
-    )
+    return Case(f"unknown key {name:.20}", _line(rng, place, _written(place, f"{text}\n{json.dumps(name)}: {value}\n")))
 
 
 def norm_options(rng: random.Random, place: Place) -> Case:
@@ -156,7 +152,8 @@ def output_dir(rng: random.Random, place: Place) -> Case:
     else:
         line = ["train", "--config-file", str(_written(place, f"{text}\noutput_dir: {_yaml(folder)}\n")), *SHORT]
     sound = str(elsewhere) in folder or "elsewhere" in folder
-    return Case(f"output_dir {folder!r:.40}", line, codes=(0, 2) if sound else (2,), writes=(str(elsewhere),))
+    writes = (str(elsewhere), str(place.sandbox / "cwd"))
+    return Case(f"output_dir {folder!r:.40}", line, codes=(0, 2) if sound else (2,), writes=writes)
 
 
 # ------------------------------------------------------------------------------------- the document
@@ -201,9 +198,7 @@ def tags(rng: random.Random, place: Place) -> Case:
 def anchors(rng: random.Random, place: Place) -> Case:
     """Aliases that multiply, merge keys, and a value that holds itself."""
     levels = rng.choice([3, 9, 30])
-    laughs = "a0: &a0 [lol]\n" + "".join(
-        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, levels)
-    )
+    laughs = "a0: &a0 [lol]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, levels))
     merged = "base: &base {seed: 1}\n<<: *base\n"
     loop = "model: &m\n  norm_options: *m\n"
     return Case("anchors", _line(rng, place, _written(place, rng.choice([laughs, merged, loop, "a: *nothing\n"]))))

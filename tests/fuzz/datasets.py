@@ -297,7 +297,9 @@ def a_cifar_file(rng: random.Random, place: Place) -> Case:
         np.zeros(2, dtype=[("a", "i4")]), pixels.T, shared, {shared_key: 1 for shared_key in ("a", b"a", 1)}, [[1]] * 20,
     ]  # fmt: skip
     data = path.read_bytes()
-    how = rng.choice(["hostile", "hostile", "value", "value", "gone", "truncated", "flipped", "key", "pipe", "folder", "empty"])
+    how = rng.choice(
+        ["hostile", "hostile", "value", "value", "gone", "truncated", "flipped", "key", "pipe", "folder", "empty"]
+    )
     if how == "hostile":
         path.write_bytes(bomb(rng, place.canary))
     elif how == "value":
@@ -421,7 +423,17 @@ def a_record(rng: random.Random, place: Place) -> Case:
         record["results"] = {evil: {evil: 0.5}}
     (runs[0] / "record.json").write_text(json.dumps(record))
     if how == "text":
-        texts = [b"", b"{", b"[]", b"null", b"\xff", b"9" * 10_000, b'{"a":' * 100_000, json.dumps(record).encode()[:-40], b"\0"]
+        texts = [
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b"\xff",
+            b"9" * 10_000,
+            b'{"a":' * 100_000,
+            json.dumps(record).encode()[:-40],
+            b"\0",
+        ]
         (runs[0] / "record.json").write_bytes(rng.choice(texts))
     elif how in ("rows", "row"):
         rows = [b"3", b"[]", b"null", b'{"step": "x", "loss": []}', b'{"step": 1, "loss": "x"}', b"\xff", b'{"step": -1, "loss": 1e999}',

@@ -19,7 +19,6 @@ from queue import SimpleQueue
 from typing import Any
 
 from tests.fuzz.place import Case, Place, case_of
-from tests.fuzz.soundness import make_sound
 
 __all__ = ["Result", "run_cases"]
 
@@ -162,16 +161,14 @@ def _result(number: int, seed: int, worker: _Worker, folder: Path, keep: Path | 
     seconds = time.perf_counter() - began
     (sandbox / "stdout").unlink(missing_ok=True)  # of a worker that was ended
     (sandbox / "stderr").unlink(missing_ok=True)
-    faults = _faults(case, place, answer, [path for path in _differences(before, _tree(sandbox))])
+    faults = _faults(case, place, answer, _differences(before, _tree(sandbox)))
     told = answer if isinstance(answer, dict) else {"code": None, "stderr": "", "stdout": "", "problem": answer}
     lines = told["stderr"].splitlines()
     report = "\n".join(told[name] for name in ("stdout", "stderr", "problem")) if faults else ""
     if faults and keep is not None:
         shutil.copytree(sandbox, keep / sandbox.name, symlinks=True, ignore=_special)
     shutil.rmtree(sandbox)
-    return Result(
-        number, kind, case.what, case.argv, told["code"], lines[-1] if lines else "", seconds, faults, report
-    )
+    return Result(number, kind, case.what, case.argv, told["code"], lines[-1] if lines else "", seconds, faults, report)
 
 
 def _special(folder: str, names: list[str]) -> list[str]:
@@ -181,6 +178,7 @@ def _special(folder: str, names: list[str]) -> list[str]:
 
 def _on_its_own(request: dict[str, Any]) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": request["cwd"]}
+    environment["MPLCONFIGDIR"] = environment["TMPDIR"] = request["writes"][1]  # of libraries
     line = [sys.executable, "-B", "-m", "leakfree.cli", *request["argv"]]
     try:
         done = subprocess.run(
