@@ -41,7 +41,7 @@ def choices(given: str, valid: Iterable[str]) -> str:
     'ShuffleBN, BN, GN'
     """
     names = sorted(valid)
-    near = difflib.get_close_matches(given, names, n=len(names) or 1, cutoff=0.5)
+    near = difflib.get_close_matches(given[:200], names, n=len(names) or 1, cutoff=0.5)
     return ", ".join([*near, *(name for name in names if name not in near)])
 
 

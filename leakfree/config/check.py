@@ -29,6 +29,7 @@ _BOUNDS: list[tuple[str, str, Callable[[float, float], bool]]] = [
     ("high", "at most", operator.le),
 ]
 LARGEST_INTEGER = 2**31 - 1  # of a key of the schema that names no other: libraries take 32 bits, or run out of memory
+_LONGEST_KEY = 200  # characters that are compared
 _OPTION_NAME = re.compile(r"[A-Za-z_]\w*\Z")
 
 
@@ -98,6 +99,7 @@ def nearest_keys(key: str, valid: typing.Iterable[str], limit: int = 3) -> list[
         leaf = SequenceMatcher(None, given.rpartition(".")[2], other.rpartition(".")[2]).ratio()
         return leaf + SequenceMatcher(None, given, other).ratio() + (leaf == 1.0) * 0.5
 
+    key = key[-_LONGEST_KEY:]  # likeness takes time with the square of the length
     scores = {name: score(name) for name in valid}
     best = sorted(scores, key=lambda name: (-scores[name], name))[:limit]
     near = [name for name in best if scores[name] >= max(1.35, scores[best[0]] - 0.15)]

@@ -135,8 +135,8 @@ def build_images(config: LabelledDataConfig, split: Split) -> LabelledImages:
     if empty or not files:
         what = f"no image of the classes {', '.join(empty[:5])}" if empty else "no folder of a class in it"
         raise DataError(
-            f"{key}: {path}: {what}; expected a subfolder of images for each class, like {path}/cat/1.jpg (names end in "
-            f"{', '.join(IMG_EXTENSIONS)})"
+            f"{key}: {path}: {what}; expected a subfolder of images for each class, like {path}/cat/1.jpg "
+            f"(names end in {', '.join(IMG_EXTENSIONS)})"
         )
     labels = np.repeat(np.arange(len(files)), [len(found) for found in files.values()]).astype(np.int64)
     reader = _FileReader([file for found in files.values() for file in found])

@@ -239,9 +239,8 @@ def _fit(config: RunConfig, plan: RankPlan, start: Start, session: _Session, mod
     trainer = _trainer(config, plan, [*_norm_callbacks(module.task, config.schedule), moments])
     batches = _Steps(module.task, start.step, config.schedule.max_steps)
     try:
-        with _interrupt_raised():
-            with _restoring(module, start.weights):
-                trainer.fit(module, train_dataloaders=batches, ckpt_path=start.weights or None, weights_only=True)
+        with _interrupt_raised(), _restoring(module, start.weights):
+            trainer.fit(module, train_dataloaders=batches, ckpt_path=start.weights or None, weights_only=True)
     finally:
         journal.close()
     assert trainer.global_step == config.schedule.max_steps, "the training ended early"

@@ -22,13 +22,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NORMS = ["SyncBN", "GhostBN", "ShuffleBN", "BatchRenorm", "BGN", "CBN", "MBN", "IEBN", "DomainBN", "GN", "ProxyNorm"]
 OPTIONS = [
     "eps", "momentum", "group_size", "num_groups", "window", "burn_in", "memory", "num_domains", "norm", "ramp",
-    "affine", "track_running_stats", "device", "dtype", "process_group", "where", "self", "num_features", "dim", "name",
+    "affine", "track_running_stats", "device", "dtype", "process_group", "where", "self", "num_features", "dim",
+    "name",
 ]  # fmt: skip
 NUMBERS = [-1, 0, 3, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.5, -0.5, math.nan, math.inf, -math.inf, 1e308,
            1e-320, -1e308]  # fmt: skip
 TEXTS = [
     "", " ", "\0", "a\0b", "\ud800", "\u2028", "\x1b[31mred", "x" * 100_000, "../" * 40 + "etc/passwd", "/etc/passwd",
-    "${seed}", "${nope}", "${oc.env:HOME}", "${a${seed}}", "${", "???", "%s%n{0}", "__class__", "os.system", "BN", "none",
+    "${seed}", "${nope}", "${oc.env:HOME}", "${a${seed}}", "${", "???", "%s%n{0}", "__class__", "os.system", "BN",
+    "none",
     "true", "1", "null", "~", "*", "\ufeff", "\u202e", "timm/resnet18", "BN\nleakfree: done",
 ]  # fmt: skip
 OTHERS: list[Any] = [
@@ -209,7 +211,7 @@ def references(rng: random.Random, place: Place) -> Case:
     _, text = _tiny(rng, place)
     text = (place.made / "classification.yaml").read_text()
     levels = rng.choice([4, 30, 60])
-    laughs = {"a0": "lol"} | {f"a{n}": "${model.norm_options.a%d}" % (n - 1) * 9 for n in range(1, levels)}
+    laughs = {"a0": "lol"} | {f"a{n}": f"${{model.norm_options.a{n - 1}}}" * 9 for n in range(1, levels)}
     overrides = rng.choice(
         [
             [f"model.norm_options={_yaml(laughs)}"],
@@ -237,7 +239,8 @@ def bases(rng: random.Random, place: Place) -> Case:
     deep = "/".join(["x"] * 3000)
     base = rng.choice(
         [
-            "config.yaml", "other.yaml", "./../inputs/config.yaml", "nothing.yaml", ".", "..", "/dev/null/x", "/etc/passwd",
+            "config.yaml", "other.yaml", "./../inputs/config.yaml", "nothing.yaml", ".", "..", "/dev/null/x",
+            "/etc/passwd",
             "/dev/zero", str(place.secret), ["config.yaml"], [["other.yaml"]], {"a": 1}, 3, None, True, "", "a\0b",
             "x" * 5000, deep, "~nobody_here/x.yaml", "\ud800", "*", "http://localhost:1/x.yaml", [""] * 3,
         ]
@@ -251,16 +254,22 @@ def a_document(rng: random.Random, place: Place) -> Case:
     _, text = _tiny(rng, place)
     deep = rng.choice([60, 500, 3000, 200_000])
     documents: list[str | bytes] = [
-        "[1, 2]", "text", "3", "- a\n- b", "null: 1", "[]: 1", "{}: 1", "1: 2", "true: 1", "? [a, b]\n: 1", "seed: 1\nseed: 2",
-        f"{text}\n---\n{text}", "%YAML 1.2\n%TAG ! tag:x,2000:\n---\nseed: !a 1", "seed: [1, 2", "seed: {a: 1", "seed: 'x",
+        "[1, 2]", "text", "3", "- a\n- b", "null: 1", "[]: 1", "{}: 1", "1: 2", "true: 1", "? [a, b]\n: 1",
+        "seed: 1\nseed: 2",
+        f"{text}\n---\n{text}", "%YAML 1.2\n%TAG ! tag:x,2000:\n---\nseed: !a 1", "seed: [1, 2", "seed: {a: 1",
+        "seed: 'x",
         "\tseed: 1", "seed:\t1\n\ttrainer:\t2", "seed: |\n  1\n 2", "a: b: c", "@seed: 1", "`seed: 1", "seed: \x07",
         "{" * deep, "[" * deep, "seed: " + "[" * deep + "]" * deep, "a: {" * deep + "}" * deep,
         "\n".join(" " * n + "a:" for n in range(min(deep, 800))), f"seed: {'9' * 10_000}", f"seed: 1{'_' * 10_000}1",
-        f"seed: 0x{'f' * 10_000}", "seed: 1e999999", "x" * 100_000, "seed: " + "x" * 1_000_000, "? " * 2000, "- " * 2000,
+        f"seed: 0x{'f' * 10_000}", "seed: 1e999999", "x" * 100_000, "seed: " + "x" * 1_000_000, "? " * 2000,
+        "- " * 2000,
         b"\xff\xfe" + "seed: 1".encode("utf-16-le"), b"\xfe\xff" + "seed: 1".encode("utf-16-be"), b"seed: \xff\xfe",
-        b"\x00" * 100, b"seed: 1\x00", "\ufeff" * 3 + "seed: 1", text.encode() + b"\x80", b"\x1f\x8b\x08\x00" + b"\x00" * 40,
-        b"\x89PNG\r\n\x1a\n" + bytes(100), text.replace("\n", "\r\n\x00"), text.replace(":", "\uff1a"), "<<: {seed: 1}",
-        "seed: 1\n" * 2000, "=: 1", "seed: ! 1", "seed: &a 1", "seed: *a", "'': 1", "~: 1", "!!str: 1", "seed: \ud800",
+        b"\x00" * 100, b"seed: 1\x00", "\ufeff" * 3 + "seed: 1", text.encode() + b"\x80",
+        b"\x1f\x8b\x08\x00" + b"\x00" * 40,
+        b"\x89PNG\r\n\x1a\n" + bytes(100), text.replace("\n", "\r\n\x00"), text.replace(":", "\uff1a"),
+        "<<: {seed: 1}",
+        "seed: 1\n" * 2000, "=: 1", "seed: ! 1", "seed: &a 1", "seed: *a", "'': 1", "~: 1", "!!str: 1",
+        "seed: \ud800",
     ]  # fmt: skip
     number = rng.randrange(len(documents))
     return Case(f"document {number}: {documents[number]!r:.40}", _line(rng, place, _written(place, documents[number])))
@@ -323,8 +332,10 @@ def a_config_file(rng: random.Random, place: Place) -> Case:
     gone.symlink_to(place.inputs / "nothing")
     path = rng.choice(
         [
-            pipe, loop, gone, place.inputs, place.secret, "/dev/null/x", "/dev/zero", "", "x" * 5000, "a\0b", "\udcff", ".",
-            "-", "/proc/self/mem", f"{place.secret}/x", "~", "\n", "config.yaml\nleakfree: done", place.inputs / ("x/" * 3000),
+            pipe, loop, gone, place.inputs, place.secret, "/dev/null/x", "/dev/zero", "", "x" * 5000, "a\0b",
+            "\udcff", ".",
+            "-", "/proc/self/mem", f"{place.secret}/x", "~", "\n", "config.yaml\nleakfree: done",
+            place.inputs / ("x/" * 3000),
         ]
     )  # fmt: skip
     return Case(f"--config-file {str(path)[-30:]!r}", _line(rng, place, str(path)))
@@ -335,15 +346,21 @@ def a_command_line(rng: random.Random, place: Place) -> Case:
     config = str(place.made / rng.choice(["classification.yaml", "contrastive.yaml"]))
     words = rng.choice(
         [
-            ["=1"], ["="], ["seed"], ["seed=="], ["seed=[1"], ["seed={a: 1"], ["seed=!!python/name:os.system"], [".=1"],
+            ["=1"], ["="], ["seed"], ["seed=="], ["seed=[1"], ["seed={a: 1"], ["seed=!!python/name:os.system"],
+            [".=1"],
             ["..=1"], ["seed.=1"], [".seed=1"], ["model..norm=BN"], ["model=1"], ["model=[]"], ["a" * 50_000 + "=1"],
-            ["seed=" + "1" * 20_000], ["model.norm_options.a.b=1"], ["model.norm_options.=1"], ["task=nope"], ["task="],
-            ["task=[detection]"], ["seed=\0"], ["seed=\udcff"], ["\udcff=1"], ["seed=&a 1"], ["seed=*a"], ["seed={<<: {}}"],
+            ["seed=" + "1" * 20_000], ["model.norm_options.a.b=1"], ["model.norm_options.=1"], ["task=nope"],
+            ["task="],
+            ["task=[detection]"], ["seed=\0"], ["seed=\udcff"], ["\udcff=1"], ["seed=&a 1"], ["seed=*a"],
+            ["seed={<<: {}}"],
             ["--seed=1"], ["--num-gpus"], ["--num-gpus", "-1"], ["--num-gpus", "1e3"], ["--num-processes", "0"],
-            ["--num-processes", "99999999999999999999"], ["--num-machines", "0"], ["--num-machines", "x"], ["--", "--seed"],
-            ["--config-file"], ["--config-file", ""], ["--resume=1"], ["_BASE_=x.yaml"], ["model.norm_options={a: {b: 1}}"],
+            ["--num-processes", "99999999999999999999"], ["--num-machines", "0"], ["--num-machines", "x"], ["--",
+            "--seed"],
+            ["--config-file"], ["--config-file", ""], ["--resume=1"], ["_BASE_=x.yaml"],
+            ["model.norm_options={a: {b: 1}}"],
             ["trainer.num_processes=100000", "trainer.total_batch_size=100000000000000000"], ["seed=\x1b[31m"],
-            ["train=1"], ["data.train=digits"], ["trainer.total_batch_size=1000000000000007", "model.images_per_group=5"],
+            ["train=1"], ["data.train=digits"], ["trainer.total_batch_size=1000000000000007",
+            "model.images_per_group=5"],
             ["a." * 5000 + "b=1"], ["model.norm_options." + "a." * 3000 + "b=1"], ["@file"], ["\x00"], [""],
         ]
     )  # fmt: skip
@@ -357,21 +374,26 @@ def a_long_line_of_another_command(rng: random.Random, place: Place) -> Case:
     run = str(place.made / "finished_classification")
     line = rng.choice(
         [
-            ["compare", "a\0b"], ["compare", "x" * 5000], ["compare", ""], ["compare", "/dev/null"], ["compare", "/dev/zero"],
-            ["compare", run, run], ["compare", run, "--baseline", "x" * 50_000], ["compare", run, "--baseline", "a\0b"],
-            ["compare", run, "-o", "/dev/null"], ["compare", run, "-o", "/proc/nothing/x.html"], ["compare", run, "-o", ""],
+            ["compare", "a\0b"], ["compare", "x" * 5000], ["compare", ""], ["compare", "/dev/null"], ["compare",
+            "/dev/zero"],
+            ["compare", run, run], ["compare", run, "--baseline", "x" * 50_000], ["compare", run, "--baseline",
+            "a\0b"],
+            ["compare", run, "-o", "/dev/null"], ["compare", run, "-o", "/proc/nothing/x.html"], ["compare", run,
+            "-o", ""],
             ["compare", run, "-o", "x" * 300 + ".html"], ["compare", run, "-o", "a\0b.html"],
             ["compare", run, "-o", str(place.inputs)], ["compare", run, "-o", f"{place.secret}/x.html"],
-            ["export", run, "--format", "torchvision", "-o", str(place.output)], ["export", "a\0b", "--format", "timm", "-o", "x"],
+            ["export", run, "--format", "torchvision", "-o", str(place.output)], ["export", "a\0b", "--format",
+            "timm", "-o", "x"],
             ["export", "x" * 5000, "--format", "timm", "-o", "x"], ["export", run, "--format", "nope", "-o", "x"],
             ["export", str(place.made / "exported"), "--format", "torchvision", "-o", "/proc/nothing/x.pt"],
             ["export", str(place.made / "exported"), "--format", "torchvision", "-o", str(place.inputs)],
             ["export", str(place.made / "exported"), "--format", "torchvision", "-o", "a\0b"],
             ["export", str(place.made / "exported"), "--format", "torchvision", "-o", "x" * 300],
-            ["x" * 50_000], ["\0"], ["train", "x" * 50_000], ["check\n"], ["\udcff"], ["-\udcff"], ["--config-file=x"],
+            ["x" * 50_000], ["\0"], ["train", "x" * 50_000], ["check\n"], ["\udcff"], ["-\udcff"],
+            ["--config-file=x"],
         ]
     )  # fmt: skip
-    return Case(f"line {' '.join(line)!r:.50}", line)
+    return Case(f"line {' '.join(line)!r:.50}", line, writes=(str(place.sandbox / "cwd"),))
 
 
 MAKERS: list[Make] = [

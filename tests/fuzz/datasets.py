@@ -24,7 +24,8 @@ from tests.fuzz.place import SHORT, Case, Make, Place
 __all__ = ["MAKERS"]
 
 JUNK: list[Any] = [
-    None, True, False, -1, 0, 1, 2**31, 2**63, 10**400, -(10**30), 0.5, math.nan, math.inf, -math.inf, 1e-300, 1e300, "",
+    None, True, False, -1, 0, 1, 2**31, 2**63, 10**400, -(10**30), 0.5, math.nan, math.inf, -math.inf, 1e-300, 1e300,
+    "",
     "1", "a\0b", "\ud800", "x" * 100_000, "é", [], {}, [[]], [None], {"a": 1}, [1, 2, 3, 4], ["a", "b", "c", "d"],
 ]  # fmt: skip
 
@@ -93,8 +94,10 @@ def a_box(rng: random.Random, place: Place) -> Case:
     side = 64
     boxes: list[Any] = [
         [math.nan, 1, 2, 3], [1, 1, math.inf, 3], [1, 1, -5, 3], [1, 1, 0, 3], [500, 500, 5, 5], [-100, -100, 50, 50],
-        [1, 2, 3], [1, 2, 3, 4, 5], ["1", 2, 3, 4], [None] * 4, [[1], 2, 3, 4], [True, True, 5, 5], [10**400, 1, 1, 1],
-        [1e17, 1, 1e17, 1], [side - 1e-9, 1, 1e-9, 5], [5, 5, 1e-30, 1e-30], [33.3, 33.3, 1e-7, 9], [-1e-9, -1e-9, 5, 5],
+        [1, 2, 3], [1, 2, 3, 4, 5], ["1", 2, 3, 4], [None] * 4, [[1], 2, 3, 4], [True, True, 5, 5], [10**400, 1, 1,
+        1],
+        [1e17, 1, 1e17, 1], [side - 1e-9, 1, 1e-9, 5], [5, 5, 1e-30, 1e-30], [33.3, 33.3, 1e-7, 9], [-1e-9, -1e-9, 5,
+        5],
         [0, 0, 1e9, 1e9], [side, 0, 5, 5], [0, side - 1e-12, 5, 5], [63.9999999, 3, 0.00000001, 5], [0, 0, 5e-324, 5],
         {"x": 1}, "1 2 3 4", None,
     ]  # fmt: skip
@@ -110,18 +113,28 @@ def a_mask(rng: random.Random, place: Place) -> Case:
     item = rng.choice(content["annotations"])
     masks: list[Any] = [
         [[1, 1, 20, 1, 20]], [[1, 1]], [[1, 1, 2, 2]], [[]], [], None, 3, "text", {}, [[math.nan] * 6], [["a"] * 6],
-        [[1e300] * 6], [[1, 1, 1, 1, 1, 1]], [[-500, 0, 500, 0, 0, 500]], [[[1, 2]] * 3], [{}], [None], [[1, 2, 3, 4, 5, 6], None],
+        [[1e300] * 6], [[1, 1, 1, 1, 1, 1]], [[-500, 0, 500, 0, 0, 500]], [[[1, 2]] * 3], [{}], [None], [[1, 2, 3, 4,
+        5, 6], None],
         [[10**400, 1, 2, 3, 4, 5]], [[True] * 6], [[1, 1, 20, 1, 20, 20]] * 3000, [[1.5, 2] * 20_000],
-        {"size": [64, 64], "counts": [-1, 4097]}, {"size": [64, 64], "counts": [4096]}, {"size": [64, 64], "counts": []},
-        {"size": [64, 64], "counts": [0, 4096]}, {"size": [64, 64], "counts": [1e3, 96]}, {"size": [64, 64], "counts": ["a"]},
-        {"size": [64.0, 64.0], "counts": [0, 4096]}, {"size": [64, True], "counts": [64]}, {"size": [10**9, 10**9], "counts": [1]},
+        {"size": [64, 64], "counts": [-1, 4097]}, {"size": [64, 64], "counts": [4096]}, {"size": [64, 64],
+        "counts": []},
+        {"size": [64, 64], "counts": [0, 4096]}, {"size": [64, 64], "counts": [1e3, 96]}, {"size": [64, 64],
+        "counts": ["a"]},
+        {"size": [64.0, 64.0], "counts": [0, 4096]}, {"size": [64, True], "counts": [64]}, {"size": [10**9, 10**9],
+        "counts": [1]},
         {"size": [64, 64], "counts": [2**63, 1]}, {"size": [64, 64], "counts": [2**32, 1, -(2**32) + 4095]},
-        {"size": [64, 64], "counts": [True, 4095]}, {"size": [64, 64], "counts": [0, 1] * 2048}, {"size": None, "counts": "a"},
-        {"size": [64, 64], "counts": "x" * 10_000}, {"size": [64, 64], "counts": "\x00\x01"}, {"size": [64, 64], "counts": ""},
-        {"size": [64, 64], "counts": "eh22_1b0M000000000b0^OXg"}, {"size": [64, 64], "counts": "oooooooooooo"}, {"counts": "a"},
-        {"size": [64, 64], "counts": "é\ud800"}, {"size": [64, 64]}, {"size": [64], "counts": [1]}, {"size": 64, "counts": [1]},
-        {"size": [64, 64], "counts": None}, {"size": [64, 64], "counts": {"a": 1}}, {"size": [64, 64], "counts": "0" * 5000},
-        {"size": [64, 64], "counts": "P`0"}, {"size": [-64, -64], "counts": [4096]}, {"size": ["64", "64"], "counts": "P`0"},
+        {"size": [64, 64], "counts": [True, 4095]}, {"size": [64, 64], "counts": [0, 1] * 2048}, {"size": None,
+        "counts": "a"},
+        {"size": [64, 64], "counts": "x" * 10_000}, {"size": [64, 64], "counts": "\x00\x01"}, {"size": [64, 64],
+        "counts": ""},
+        {"size": [64, 64], "counts": "eh22_1b0M000000000b0^OXg"}, {"size": [64, 64], "counts": "oooooooooooo"},
+        {"counts": "a"},
+        {"size": [64, 64], "counts": "é\ud800"}, {"size": [64, 64]}, {"size": [64], "counts": [1]}, {"size": 64,
+        "counts": [1]},
+        {"size": [64, 64], "counts": None}, {"size": [64, 64], "counts": {"a": 1}}, {"size": [64, 64],
+        "counts": "0" * 5000},
+        {"size": [64, 64], "counts": "P`0"}, {"size": [-64, -64], "counts": [4096]}, {"size": ["64", "64"],
+        "counts": "P`0"},
     ]  # fmt: skip
     item["segmentation"] = rng.choice(masks)
     return _coco(rng, place, f"mask {item['segmentation']!r:.40}", content)
@@ -160,9 +173,12 @@ def a_file_name(rng: random.Random, place: Place) -> Case:
     secret = str(place.secret)
     item["file_name"] = name = rng.choice(
         [
-            secret, "../outside.png", "../../secret.png", f"../../../{place.sandbox.name}/secret.png", "./../../../secret.png",
-            "sub/../../../../secret.png", f"//{secret}", "/etc/passwd", "../" * 60 + "etc/passwd", "..", ".", "/", "sub",
-            f"{folder}/images/000001.png", "sub/../../images/../../../secret.png", "000001.png/../../../../secret.png",
+            secret, "../outside.png", "../../secret.png", f"../../../{place.sandbox.name}/secret.png",
+            "./../../../secret.png",
+            "sub/../../../../secret.png", f"//{secret}", "/etc/passwd", "../" * 60 + "etc/passwd", "..", ".", "/",
+            "sub",
+            f"{folder}/images/000001.png", "sub/../../images/../../../secret.png",
+            "000001.png/../../../../secret.png",
         ]
     )  # fmt: skip
     (folder / "instances.json").write_text(_dump(content))
@@ -178,7 +194,8 @@ def an_odd_name(rng: random.Random, place: Place) -> Case:
     item = content["images"][0]
     item["file_name"] = name = rng.choice(
         ["a\0b.png", "\ud800.png", "x" * 5000, "x/" * 3000, "loop.png", "gone.png", "zero.png", "pipe.png", "~/x.png",
-         "C:\\x.png", "000001.png\n", "\x1b[31m.png", "http://localhost:1/x.png", "file:///etc/passwd", "000001.PNG", "*.png",
+         "C:\\x.png", "000001.png\n", "\x1b[31m.png", "http://localhost:1/x.png", "file:///etc/passwd", "000001.PNG",
+         "*.png",
          "000001.png\0.txt", " ", "000001.png/", "pipe:0"]
     )  # fmt: skip
     (folder / "instances.json").write_text(_dump(content))
@@ -191,12 +208,17 @@ def a_json(rng: random.Random, place: Place) -> Case:
     text = _dump(content).encode()
     deep = rng.choice([900, 100_000])
     texts = [
-        text[: rng.randrange(len(text))], b"", b"{}", b"[]", b"null", b"3", b"NaN", b'"text"', text + b"}", text + b"\0", b"\xff\xfe",
-        text.replace(b'"images"', b'"image"'), text.replace(b":", b"=", 1), b"[" * deep, b'{"a":' * deep, text.decode().encode("utf-16"),
-        b"9" * 10_000, b'{"images": [], "annotations": [], "categories": []}', text.replace(b"64", b"6" * 5000, 1), b"\x00" * 500,
-        b'{"images": ' + b"[" * deep + b"]" * deep + b', "annotations": [], "categories": []}', text.replace(b'"', b"'"),
+        text[: rng.randrange(len(text))], b"", b"{}", b"[]", b"null", b"3", b"NaN", b'"text"', text + b"}",
+        text + b"\0", b"\xff\xfe",
+        text.replace(b'"images"', b'"image"'), text.replace(b":", b"=", 1), b"[" * deep, b'{"a":' * deep,
+        text.decode().encode("utf-16"),
+        b"9" * 10_000, b'{"images": [], "annotations": [], "categories": []}', text.replace(b"64", b"6" * 5000, 1),
+        b"\x00" * 500,
+        b'{"images": ' + b"[" * deep + b"]" * deep + b', "annotations": [], "categories": []}', text.replace(b'"',
+        b"'"),
         b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": ' + b"[" * 900 + b"]" * 900 + b"}]}",
-        place.secret.read_bytes(), text.replace(b"},", b"}", 1), b"\xef\xbb\xbf" * 2 + text, b"{" + b'"x": 1,' * 50_000 + b'"y": 1}',
+        place.secret.read_bytes(), text.replace(b"},", b"}", 1), b"\xef\xbb\xbf" * 2 + text,
+        b"{" + b'"x": 1,' * 50_000 + b'"y": 1}',
     ]  # fmt: skip
     data = rng.choice(texts)
     (folder / "instances.json").write_bytes(data)
@@ -291,10 +313,13 @@ def a_cifar_file(rng: random.Random, place: Place) -> Case:
     for _ in range(60):
         shared = [shared, shared]
     values: list[Any] = [
-        None, 3, [], {}, "text", b"bytes", [1] * 20, [99] * 20, [-1] * 20, [2**70] * 20, [None] * 20, ["a"] * 20, [1.5] * 20,
-        pixels[:5], pixels.astype(np.float64), pixels.reshape(20, 3, 1024), pixels[:, :100], np.zeros((0, 3072), np.uint8),
-        np.array([{"a": 1}], dtype=object), np.array(["x"]), np.zeros(20, dtype="M8[s]"), np.zeros((), np.uint8), [True] * 20,
-        np.zeros(2, dtype=[("a", "i4")]), pixels.T, shared, {shared_key: 1 for shared_key in ("a", b"a", 1)}, [[1]] * 20,
+        None, 3, [], {}, "text", b"bytes", [1] * 20, [99] * 20, [-1] * 20, [2**70] * 20, [None] * 20, ["a"] * 20,
+        [1.5] * 20,
+        pixels[:5], pixels.astype(np.float64), pixels.reshape(20, 3, 1024), pixels[:, :100], np.zeros((0, 3072),
+        np.uint8),
+        np.array([{"a": 1}], dtype=object), np.array(["x"]), np.zeros(20, dtype="M8[s]"), np.zeros((), np.uint8),
+        [True] * 20,
+        np.zeros(2, dtype=[("a", "i4")]), pixels.T, shared, dict.fromkeys(("a", b"a", 1), 1), [[1]] * 20,
     ]  # fmt: skip
     data = path.read_bytes()
     how = rng.choice(
@@ -338,7 +363,8 @@ def _nested_key(sound: dict[Any, Any]) -> bytes:
 def a_folder_of_images(rng: random.Random, place: Place) -> Case:
     folder = place.inputs / "images"
     how = rng.choice(
-        ["empty", "no class", "empty class", "broken", "broken", "broken", "loop", "two loops", "pipe", "file", "text", "names",
+        ["empty", "no class", "empty class", "broken", "broken", "broken", "loop", "two loops", "pipe", "file",
+        "text", "names",
          "link", "missing", "device"]
     )  # fmt: skip
     if how != "missing":
@@ -436,8 +462,9 @@ def a_record(rng: random.Random, place: Place) -> Case:
         ]
         (runs[0] / "record.json").write_bytes(rng.choice(texts))
     elif how in ("rows", "row"):
-        rows = [b"3", b"[]", b"null", b'{"step": "x", "loss": []}', b'{"step": 1, "loss": "x"}', b"\xff", b'{"step": -1, "loss": 1e999}',
-                b'{"step": 1, "loss": ' + b"9" * 400 + b"}", b"9" * 5000, b"[" * 100_000, b'{"step": 1e308, "lr": null}', b"{}"]  # fmt: skip
+        rows = [b"3", b"[]", b"null", b'{"step": "x", "loss": []}', b'{"step": 1, "loss": "x"}', b"\xff",
+        b'{"step": -1, "loss": 1e999}',
+                b'{"step": 1, "loss": ' + b"9" * 400 + b"}", b"9" * 5000, b"[" * 100_000, b'{"step": 1e308}', b"{}"]  # fmt: skip
         row = rng.choice(rows)
         how = f"rows {row[:20]!r}"
         (runs[0] / "metrics.json").write_bytes(b"\n".join([row, row, b'{"step": 1, "loss": 0.5}', b""]))
@@ -451,6 +478,8 @@ def a_record(rng: random.Random, place: Place) -> Case:
 
 
 MAKERS: list[Make] = [
-    a_field, a_box, a_mask, a_cifar_file, a_record, a_json, an_image, a_file_name, an_identity, a_field, a_folder_of_images,
-    a_record, a_section_of_coco, an_odd_name, a_mask, a_cifar_file, a_missing_image, an_image, a_box, a_folder_of_images,
+    a_field, a_box, a_mask, a_cifar_file, a_record, a_json, an_image, a_file_name, an_identity, a_field,
+    a_folder_of_images,
+    a_record, a_section_of_coco, an_odd_name, a_mask, a_cifar_file, a_missing_image, an_image, a_box,
+    a_folder_of_images,
 ]  # fmt: skip

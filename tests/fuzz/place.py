@@ -70,8 +70,6 @@ def catalog() -> dict[str, list[Make]]:
     """The makers of each kind of input."""
     from tests.fuzz import checkpoints, configs, datasets
 
-    from tests.fuzz import checkpoints, configs, datasets
-
     return {"config": configs.MAKERS, "checkpoint": checkpoints.MAKERS, "data": datasets.MAKERS}
 
 

@@ -6,7 +6,6 @@ has the exit ``code`` (None after an exception), both streams, and ``deeds``: wh
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import resource
@@ -120,7 +119,6 @@ def serve(requests: TextIO, answers: TextIO, made: Path) -> None:
     for line in requests:
         request = json.loads(line)
         print(json.dumps(_captured(request, watch)), file=answers, flush=True)
-        gc.collect()
 
 
 def _captured(request: dict[str, Any], watch: Watch) -> dict[str, Any]:
