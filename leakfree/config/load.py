@@ -138,11 +138,11 @@ def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
     layers: list[_Layer] = []
     for item in bases:
         base = path.parent / os.path.expanduser(item)
+        if not os.path.isfile(base):
+            raise ConfigError(f"{place}: {_missing(base)}")
         if Path(os.path.realpath(base)) in chain:
             circle = " -> ".join(file.name for file in (*chain[chain.index(Path(os.path.realpath(base))) :], base))
             raise ConfigError(f"{place}: goes in a circle: {circle}")
-        if not os.path.isfile(base):
-            raise ConfigError(f"{place}: {_missing(base)}")
         layers += _read_layers(base, chain)
     return [*layers, _Layer(source, tree, lines)]
 

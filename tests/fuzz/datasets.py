@@ -464,7 +464,8 @@ def a_record(rng: random.Random, place: Place) -> Case:
     elif how in ("rows", "row"):
         rows = [b"3", b"[]", b"null", b'{"step": "x", "loss": []}', b'{"step": 1, "loss": "x"}', b"\xff",
         b'{"step": -1, "loss": 1e999}',
-                b'{"step": 1, "loss": ' + b"9" * 400 + b"}", b"9" * 5000, b"[" * 100_000, b'{"step": 1e308}', b"{}"]  # fmt: skip
+                b'{"step": 1, "loss": ' + b"9" * 400 + b"}", b"9" * 5000, b"[" * 100_000,
+                b'{"step": 1e308}', b"{}"]  # fmt: skip
         row = rng.choice(rows)
         how = f"rows {row[:20]!r}"
         (runs[0] / "metrics.json").write_bytes(b"\n".join([row, row, b'{"step": 1, "loss": 0.5}', b""]))
