@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import io
 import os
 import platform
 import sys
@@ -17,7 +18,7 @@ from typing import NoReturn
 
 from leakfree import __version__
 from leakfree.config import RunConfig, load_config
-from leakfree.errors import CheckpointError, ConfigError, LeakfreeError, choices
+from leakfree.errors import CheckpointError, ConfigError, LeakfreeError, choices, one_line
 from leakfree.launch.options import add_flags, given_flags, options_from
 from leakfree.training import RankError, Stopped
 from leakfree.training.stopping import EXIT_STOPPED, listening
@@ -88,10 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         75 stopped by a signal with the state saved: give the command again, with --resume,
         130 interrupted from the keyboard. Another failure of ours keeps its traceback, and Python exits with 1.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of folders and texts of records may be no text
     try:
         return _run(list(sys.argv[1:] if argv is None else argv), own=argv is None)
     except LeakfreeError as error:
-        print("leakfree: error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print("leakfree: error:", one_line(error), file=sys.stderr)
         return 2
     except RankError as error:  # holds the traceback of the rank, if there is one; ours would only hide it
         print(f"leakfree: failed: {error}", file=sys.stderr)
@@ -106,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str], own: bool) -> int:
     """``own``: the command line is this process's, which ends with the command."""
+    if odd := next((word for word in argv if "\0" in word), None):
+        raise UsageError(f"the argument {odd!r} has a NUL character, which no name can have")
     parsers = _parsers()
     name, rest = _split_command(argv, parsers)
     if name is None:
@@ -382,7 +387,7 @@ def _export(args: argparse.Namespace) -> int:
 
     path = Path(args.run)
     notices: list[str] = []
-    if path.is_dir():
+    if os.path.isdir(path):
         found, notices = newest_valid(path)
         if found is None:
             raise CheckpointError(f"{path}: the folder holds no checkpoint of a run")

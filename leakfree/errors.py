@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "LeakfreeError", "RunError", "choices"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "LeakfreeError", "RunError", "choices", "one_line"]
+
+_LONGEST = 1500  # characters of a line
 
 
 class LeakfreeError(ValueError):
@@ -39,5 +41,21 @@ def choices(given: str, valid: Iterable[str]) -> str:
     'ShuffleBN, BN, GN'
     """
     names = sorted(valid)
-    near = difflib.get_close_matches(given, names, n=len(names) or 1, cutoff=0.5)
+    near = difflib.get_close_matches(given[:200], names, n=len(names) or 1, cutoff=0.5)
     return ", ".join([*near, *(name for name in names if name not in near)])
+
+
+def one_line(error: object) -> str:
+    """Return the text of an error as one line to show: no control characters, the middle left out of a very long one.
+
+    Texts of files may be in it: they must not move a terminal's cursor, or fill the screen.
+
+    >>> one_line(ValueError("two\\n  lines"))
+    'two lines'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST * 2 // 3]} [...] {text[-_LONGEST // 3 :]}"
+    if text.isprintable():
+        return text
+    return "".join(item if item.isprintable() else item.encode("unicode_escape").decode() for item in text)

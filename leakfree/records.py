@@ -6,9 +6,11 @@ Every write is atomic: a reader sees the old file or the new one, never half of 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import reprlib
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +54,21 @@ class RunRecord:
     # each change of the number of ranks: step, before, now, changes of the config (key, before, now)
     conversions: list[dict[str, Any]] = field(default_factory=list)
     format: int = FORMAT
+
+
+_KINDS: dict[str, type] = {
+    "name": str,
+    "task": str,
+    "status": str,
+    "seed": int,
+    "config": dict,
+    "environment": dict,
+    "timing": dict,
+    "batch": dict,
+    "results": dict,
+    "leakage": dict,
+    "notes": list,
+}  # what a file must hold under these names
 
 
 @dataclass
@@ -120,13 +137,13 @@ def read_record(folder: str | os.PathLike[str]) -> RunRecord:
         RunError: there is no record, it is not JSON, or it has another format.
     """
     path = Path(folder)
-    if path.is_dir() or path.suffix != ".json":
+    if os.path.isdir(path) or path.suffix != ".json":
         path = path / "record.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(_text_of(path), parse_int=_integer)
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{path.parent}: not the output folder of a run: it holds no record.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not text, not JSON, endless digits or nesting
         raise RunError(f"{path}: cannot be read as a run's record: {error}") from None
     known = {item.name for item in fields(RunRecord)}
     missing = {"name", "task", "status", "seed", "config"} - set(raw if isinstance(raw, dict) else ())
@@ -134,9 +151,26 @@ def read_record(folder: str | os.PathLike[str]) -> RunRecord:
         raise RunError(f"{path}: not a run's record: it lacks {', '.join(sorted(missing))}")
     if not isinstance(raw.get("format", FORMAT), int) or raw.get("format", FORMAT) > FORMAT:
         raise RunError(f"{path}: written by a newer leakfree (format {raw['format']}, this one reads {FORMAT})")
+    record = RunRecord(**{key: value for key, value in raw.items() if key in known})
+    for key, kind in _KINDS.items():
+        value = getattr(record, key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise RunError(f"{path}: {key}: expected {kind.__name__}, got {reprlib.repr(value)}")
     for key, kinds in _ENTRIES.items():
-        _check_entries(path, key, raw.get(key, []), kinds)
-    return RunRecord(**{key: value for key, value in raw.items() if key in known})
+        _check_entries(path, key, getattr(record, key), kinds)
+    return record
+
+
+def _integer(digits: str) -> int | float:
+    """One of more than 64 bits is a float: infinite, if need be, and so told as no number."""
+    return int(digits) if len(digits) < 20 else float(digits)
+
+
+def _text_of(path: Path) -> str:
+    """The text of a regular file: reading a pipe would wait for a writer, and a device may have no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no regular file")
+    return path.read_text(encoding="utf-8")
 
 
 _ENTRIES: dict[str, dict[str, tuple[type, ...]]] = {
@@ -158,21 +192,32 @@ def _check_entries(path: Path, key: str, entries: Any, kinds: dict[str, tuple[ty
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read ``metrics.json`` (one JSON object a line, each with ``step``); a torn last line is left out.
+    """Read ``metrics.json`` (one JSON object a line, each with ``step``). A torn last line is left out, as is a row
+    that is no object, or whose step is no number.
 
     Raises:
-        RunError: a line before the last is not JSON.
+        RunError: the file cannot be read, or a line before the last is not JSON.
     """
     path = Path(folder) / "metrics.json"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
+    try:
+        lines = _text_of(path).split("\n")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    lines = lines[:-1] if not lines[-1] else lines
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line, parse_int=_integer)
+        except (ValueError, RecursionError):
             if number == len(lines):  # the writer was killed in the middle of a line
                 break
             raise RunError(f"{path}:{number}: not a JSON object") from None
+        if isinstance(row, dict) and _is_finite(row.get("step", 0)):
+            rows.append(row)
     return rows
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")

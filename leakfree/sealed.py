@@ -13,13 +13,14 @@ import errno
 import hashlib
 import os
 import struct
+import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from leakfree.errors import CheckpointError, RunError
+from leakfree.errors import CheckpointError, RunError, one_line
 from leakfree.records import atomic_file
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def damage(path: str | os.PathLike[str]) -> str:
         if len(last) < _END.size or _END.unpack(last[-_END.size :]) != (b"PK\5\6", 0):
             return "its end is missing"
         with zipfile.ZipFile(path) as archive:
+            if trick := _trick(archive):
+                return trick
             broken = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         return str(error) or type(error).__name__
@@ -195,15 +198,36 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     """
     import torch
 
+    if not os.path.isfile(path):  # opening a pipe would wait for a writer
+        reason = "no regular file" if os.path.exists(path) else "no such file"
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {reason}")
     try:
-        if _is_zip(path) and (fault := damage(path)):
-            raise CheckpointError(f"{path} is damaged: {fault}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if _is_zip(path):
+            if fault := damage(path):
+                raise CheckpointError(f"{path} is damaged: {fault}")
+            with zipfile.ZipFile(path) as archive:
+                if trick := _trick(archive):  # a seal says who wrote it of nobody
+                    raise CheckpointError(f"{path}: cannot be read as a checkpoint: {trick}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # how the file was pickled; what matters is refused
+            return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0].partition(" In PyTorch")[0]  # torch goes on with how to run such a file
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {reason}") from error
+        told = str(error).strip() or type(error).__name__
+        reason = told.splitlines()[0].partition(" In PyTorch")[0]  # torch goes on with how to run such a file
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {one_line(reason)}") from error
+
+
+def _trick(archive: zipfile.ZipFile) -> str:
+    """What no zip file of torch has, and another reader could be fooled with; "" if there is none."""
+    names = archive.namelist()
+    if len(set(names)) < len(names):
+        return "it holds a member twice"
+    size = os.path.getsize(str(archive.filename))
+    if sum(item.file_size for item in archive.infolist()) > size:  # torch.save compresses nothing
+        return "its members are larger than the file"
+    return ""
 
 
 def _is_zip(path: str | os.PathLike[str]) -> bool:

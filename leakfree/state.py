@@ -5,14 +5,14 @@ What every task does to its model, whatever the model is.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from leakfree.errors import CheckpointError, ConfigError, choices
+from leakfree.errors import CheckpointError, ConfigError, choices, one_line
 from leakfree.keeping import attributes_kept
 from leakfree.norms import PartitionedBatchNorm
 from leakfree.sealed import read_torch_file
@@ -136,7 +136,7 @@ def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None
         CheckpointError: no such file, a damaged file, or weights of another model: the first names that
             are missing, left over, or of another shape are listed, and nothing is loaded.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"model.weights: no file {path}")
     try:
         state = read_torch_file(path)
@@ -145,7 +145,9 @@ def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"model.weights: {path} holds no state dict of tensors")
     state = {name.removeprefix("model."): value for name, value in state.items()}
     own = model.state_dict()
@@ -175,4 +177,7 @@ def load_weights(model: nn.Module, path: str, parts: Iterable[str] = ()) -> None
     ]
     if faults:
         raise CheckpointError(f"model.weights: {path} is a checkpoint of another model: it {'; it '.join(faults)}")
-    model.load_state_dict({**own, **state})
+    try:
+        model.load_state_dict({**own, **state})
+    except RuntimeError as error:  # tensors of a kind that cannot be copied: sparse, quantized, without values
+        raise CheckpointError(f"model.weights: {path}: {one_line(error)}") from error

@@ -120,6 +120,8 @@ def _replace_by_proxies(model: nn.Module, options: dict[str, Any]) -> None:
     """Put ProxyNorms in the place of norms and activations; where no activation follows, their LN or GN alone."""
     kind = options.get("norm", "LN")
     try:
+        if "model" in options:  # the name of an argument, beside which any option is passed on
+            raise ConfigError("norm ProxyNorm has no option 'model'")
         replace_norm_activation_pairs(model, **options)
         if any(isinstance(module, PartitionedBatchNorm) for module in model.modules()):
             groups = {"num_groups": options["num_groups"]} if kind == "GN" and "num_groups" in options else {}

@@ -28,6 +28,8 @@ _BOUNDS: list[tuple[str, str, Callable[[float, float], bool]]] = [
     ("above", "above", operator.gt),
     ("high", "at most", operator.le),
 ]
+LARGEST_INTEGER = 2**31 - 1  # of a key of the schema that names no other: libraries take 32 bits, or run out of memory
+_LONGEST_KEY = 200  # characters that are compared
 _OPTION_NAME = re.compile(r"[A-Za-z_]\w*\Z")
 
 
@@ -97,6 +99,7 @@ def nearest_keys(key: str, valid: typing.Iterable[str], limit: int = 3) -> list[
         leaf = SequenceMatcher(None, given.rpartition(".")[2], other.rpartition(".")[2]).ratio()
         return leaf + SequenceMatcher(None, given, other).ratio() + (leaf == 1.0) * 0.5
 
+    key = key[-_LONGEST_KEY:]  # likeness takes time with the square of the length
     scores = {name: score(name) for name in valid}
     best = sorted(scores, key=lambda name: (-scores[name], name))[:limit]
     near = [name for name in best if scores[name] >= max(1.35, scores[best[0]] - 0.15)]
@@ -145,7 +148,10 @@ def _problems(value: Any, kind: Any, valid: dict[str, Any], resolved: bool) -> I
     """Yield (suffix of the key, what is wrong) for a value and its elements."""
     if is_pending(value):
         if resolved:
-            yield "", f"has no value: {value!r} stands for one that must be given"
+            yield "", f"has no value: {show(value)} stands for one that must be given"
+        return
+    if isinstance(value, str) and not _can_be_written(value):
+        yield "", f"{show(value)} has a character that no file can hold (NUL, or half of a surrogate pair)"
         return
     if typing.get_origin(kind) is list:
         if not isinstance(value, list):
@@ -159,6 +165,8 @@ def _problems(value: Any, kind: Any, valid: dict[str, Any], resolved: bool) -> I
         yield from _option_problems(value, resolved)
     elif not _is_of_kind(value, kind):
         yield "", f"expects {_name(kind)}, got {show(value)}{_hint(value, kind)}"
+    elif kind is int and "high" not in valid and value > LARGEST_INTEGER:
+        yield "", f"must be at most {LARGEST_INTEGER}, got {show(value)}"
     else:
         yield from (("", problem) for problem in _range_problems(value, valid))
 
@@ -169,13 +177,23 @@ def _option_problems(value: Any, resolved: bool) -> Iterator[tuple[str, str]]:
         return
     for name, item in value.items():
         if not _OPTION_NAME.match(name):
-            yield "", f"{name!r} cannot be the name of an option"
+            yield "", f"{show(name)} cannot be the name of an option"
         elif not (item is None or isinstance(item, bool | int | float | str)):
             yield f".{name}", f"expects a number, text, true, false or null, got {show(item)}"
         elif isinstance(item, float) and not math.isfinite(item):
             yield f".{name}", f"expects a finite number, got {item}"
+        elif isinstance(item, str) and not _can_be_written(item):
+            yield f".{name}", f"{show(item)} has a character that no file can hold (NUL, or half of a surrogate pair)"
         elif is_pending(item) and resolved:
-            yield f".{name}", f"has no value: {item!r} stands for one that must be given"
+            yield f".{name}", f"has no value: {show(item)} stands for one that must be given"
+
+
+def _can_be_written(text: str) -> bool:
+    """Whether a text can stand in a file and in a path, whose bytes may be no UTF-8: YAML's escapes can write more."""
+    try:
+        return b"\0" not in text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
 
 
 def _hint(value: Any, kind: Any) -> str:
@@ -208,7 +226,7 @@ def _range_problems(value: Any, valid: dict[str, Any]) -> Iterator[str]:
         return
     limits = [(words, valid[name], holds) for name, words, holds in _BOUNDS if name in valid]
     if not all(holds(value, limit) for _, limit, holds in limits):
-        yield f"must be {' and '.join(f'{words} {limit}' for words, limit, _ in limits)}, got {value}"
+        yield f"must be {' and '.join(f'{words} {limit}' for words, limit, _ in limits)}, got {show(value)}"
 
 
 def _is_options(kind: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from leakfree.errors import ConfigError
@@ -19,6 +20,7 @@ from leakfree.errors import ConfigError
 __all__ = ["dump_yaml", "parse_yaml"]
 
 _CORE = "tag:yaml.org,2002:"  # what YAML writes as !!
+_LONGEST_INTEGER = 400  # digits: more than the largest float has
 _SCALARS = [
     (f"{_CORE}bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")),
     (f"{_CORE}int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)\Z"), list("-+0123456789")),
@@ -49,6 +51,16 @@ class _Loader(yaml.SafeLoader):
         if problem:
             raise ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        digits = node.value.lower().removeprefix("-").removeprefix("+").replace("_", "")
+        if len(digits) > _LONGEST_INTEGER:  # Python refuses to show those of thousands
+            problem = f"an integer of {len(digits)} digits is too large; write it like 1e30"
+            raise ConstructorError(None, None, problem, node.start_mark)
+        return int(digits, 16 if digits.startswith("0x") else 10) * (-1 if node.value.startswith("-") else 1)
+
+
+_Loader.add_constructor(f"{_CORE}int", _Loader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -123,7 +123,7 @@ def diff_configs(a: RunConfig | dict[str, Any], b: RunConfig | dict[str, Any]) -
 
 def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
     """Return the layers of ``path``, its bases first. ``chain``: the files that led here."""
-    source, here = str(path), path.resolve()
+    source, here = str(path), Path(os.path.realpath(path))
     chain = (*chain, here)
     tree, lines = parse_yaml(_read_text(path), source)
     if tree is None:
@@ -137,18 +137,20 @@ def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
         raise ConfigError(f"{place}: expects a path, or a list of paths, relative to this file, got {bases!r}")
     layers: list[_Layer] = []
     for item in bases:
-        base = path.parent / Path(item).expanduser()
-        if base.resolve() in chain:
-            circle = " -> ".join(file.name for file in (*chain[chain.index(base.resolve()) :], base))
-            raise ConfigError(f"{place}: goes in a circle: {circle}")
-        if not base.is_file():
+        base = path.parent / os.path.expanduser(item)
+        if not os.path.isfile(base):
             raise ConfigError(f"{place}: {_missing(base)}")
+        if Path(os.path.realpath(base)) in chain:
+            circle = " -> ".join(file.name for file in (*chain[chain.index(Path(os.path.realpath(base))) :], base))
+            raise ConfigError(f"{place}: goes in a circle: {circle}")
         layers += _read_layers(base, chain)
     return [*layers, _Layer(source, tree, lines)]
 
 
 def _read_text(path: Path) -> str:
     try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise ConfigError(f"{path}: no regular file: a pipe or a device cannot be read as a config")
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ConfigError(_missing(path)) from None
@@ -160,12 +162,12 @@ def _read_text(path: Path) -> str:
 
 def _missing(path: Path) -> str:
     """Say that there is no such config, with the nearest names that exist."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return f"{path}: is a folder, expects a config file; {_holds(path, '')}"
     wrong, folder = path, path.parent
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         wrong, folder = folder, folder.parent
-    if folder.is_file():
+    if os.path.isfile(folder):
         return f"{path}: no such file: {folder} is a file, not a folder"
     if wrong is path:
         return f"{path}: no such file; {_holds(folder, path.name)}"

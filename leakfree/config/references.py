@@ -17,6 +17,7 @@ from leakfree.errors import ConfigError
 
 __all__ = ["resolve_references"]
 
+_LONGEST = 100_000  # characters that the references of a key stand for
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
@@ -36,12 +37,40 @@ def resolve_references(tree: dict[str, Any], origin: Origin) -> dict[str, Any]:
     for key, value in flat.items():
         for text in _texts(value):
             _check_references(text, key, flat, origin)
+    _check_lengths(flat, origin)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or "")
         raise ConfigError(f"{origin(key)}: {key}: {str(error).splitlines()[0]}") from None
     return dict(resolved)  # type: ignore[arg-type]
+
+
+def _check_lengths(flat: dict[str, Any], origin: Origin) -> None:
+    """Refuse texts that multiply: ten references to ten references to ... are gigabytes in a few lines."""
+    lengths: dict[str, int] = {}
+    waiting = [key for key, value in flat.items() if _texts(value)]
+    for _ in range(len(waiting) + 1):
+        later = []
+        for key in waiting:
+            names = [name for text in _texts(flat[key]) for name in _REFERENCE.findall(text)]
+            if any(name in waiting and name not in lengths for name in names):
+                later.append(key)
+                continue
+            lengths[key] = sum(map(len, _texts(flat[key]))) + sum(
+                lengths.get(name, _length(flat[name])) for name in names
+            )
+            if lengths[key] > _LONGEST:
+                raise ConfigError(
+                    f"{origin(key)}: {key}: its references stand for {lengths[key]} characters; at most {_LONGEST}"
+                )
+        if len(later) == len(waiting):
+            return  # a circle: told by who resolves it
+        waiting = later
+
+
+def _length(value: Any) -> int:
+    return sum(map(_length, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 20
 
 
 def _texts(value: Any) -> list[str]:

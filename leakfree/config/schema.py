@@ -74,7 +74,7 @@ class DataConfig:
     """Where data lies, and who reads it. A task adds what the model sees."""
 
     root: str = "datasets"  # where relative paths start, and where what is made here is written (once)
-    num_workers: int = _f(2, low=0)  # loader processes per rank
+    num_workers: int = _f(2, low=0, high=1024)  # loader processes per rank
 
 
 @dataclass
@@ -400,7 +400,7 @@ class TrainerConfig:
     num_machines: int = _f(1, low=1)  # more than one needs a launcher: leakfree launch, torchrun (--num-machines)
     num_gpus: int = _f(0, low=0)  # ranks on GPUs of each machine (--num-gpus)
     num_processes: int = _f(1, low=1)  # ranks on CPU of each machine when num_gpus is 0 (--num-processes)
-    num_threads: int = _f(0, low=0)  # CPU threads per rank; 0 = cores / ranks
+    num_threads: int = _f(0, low=0, high=4096)  # CPU threads per rank; 0 = cores / ranks
     precision: str = _f("32-true", one_of=("32-true", "bf16-mixed", "16-mixed", "64-true"))
     checkpoint_period: int = _f(5000, low=1)  # steps
     keep_checkpoints: int = _f(2, low=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from leakfree.contrastive.backbones import build_backbone
-from leakfree.errors import CheckpointError, ConfigError
+from leakfree.errors import CheckpointError, ConfigError, one_line
 from leakfree.records import atomic_file
 
 __all__ = ["FORMATS", "export_backbone", "write_backbone"]
@@ -49,17 +50,8 @@ def export_backbone(checkpoint: dict[str, Any], format: str) -> dict[str, Any]:
     """
     if format not in FORMATS:
         raise ConfigError(f"format: unknown {format!r}; choose from {', '.join(FORMATS)}")
-    written = checkpoint.get("leakfree", {}).get("config")
-    if written is None:
-        raise CheckpointError("not written by a leakfree training: it holds no config")
-    if written["task"] != "contrastive":
-        raise CheckpointError(f"of a {written['task']} training; backbones are exported from contrastive ones")
-    state = {
-        name.removeprefix(_PREFIX): value.detach().cpu().contiguous()
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith(_PREFIX)
-    }
-    settings = written["model"]
+    settings = _settings(checkpoint)
+    state = {name.removeprefix(_PREFIX): value for name, value in _weights(checkpoint) if name.startswith(_PREFIX)}
     name = settings["backbone"]
     library = "timm" if name.startswith("timm/") else name if name == "small" else "torchvision"
     if library != ("torchvision" if format == "detectron2" else format):
@@ -85,13 +77,45 @@ def write_backbone(checkpoint: dict[str, Any], format: str, path: Path) -> None:
     if (path.suffix == ".pkl") != (format == "detectron2"):
         wanted = "to end in .pkl" if format == "detectron2" else "another ending than .pkl, like .pt"
         raise ConfigError(f"output: {path}: {format} needs the name {wanted}")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ConfigError(f"output: {path.parent} is no folder")
-    with atomic_file(path) as file:
-        if format == "detectron2":
-            pickle.dump(found, file)
-        else:
-            torch.save(found, file)
+    if os.path.isdir(path):
+        raise ConfigError(f"output: {path} is a folder; give a file")
+    try:
+        with atomic_file(path) as file:
+            if format == "detectron2":
+                pickle.dump(found, file)
+            else:
+                torch.save(found, file)
+    except OSError as error:
+        raise ConfigError(f"output: {path}: cannot be written ({error.strerror})") from error
+
+
+def _settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """``model`` of the config that the checkpoint holds."""
+    entry = checkpoint.get("leakfree")
+    written = entry.get("config") if isinstance(entry, dict) else None
+    if not isinstance(written, dict):
+        raise CheckpointError("not written by a leakfree training: it holds no config")
+    if written.get("task") != "contrastive":
+        raise CheckpointError(f"of a {written.get('task')} training; backbones are exported from contrastive ones")
+    settings = written.get("model")
+    kinds = {"backbone": str, "query": str, "stem": str, "norm_options": dict}
+    for key, kind in kinds.items():
+        if not isinstance(settings, dict) or not isinstance(settings.get(key), kind):
+            raise CheckpointError(f"its config is damaged: model.{key} is missing, or another thing")
+    assert isinstance(settings, dict)
+    return settings
+
+
+def _weights(checkpoint: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(item, Tensor) for item in state.values()):
+        raise CheckpointError("it holds no state dict of tensors")
+    try:
+        return [(str(name), value.detach().cpu().to_dense().contiguous()) for name, value in state.items()]
+    except (RuntimeError, NotImplementedError) as error:  # quantized, without values
+        raise CheckpointError(f"its weights are of another kind: {one_line(error)}") from error
 
 
 def _owner(library: str) -> str:

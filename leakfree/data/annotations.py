@@ -199,9 +199,13 @@ def _check_image(item: dict[str, Any], present: _Folders) -> tuple[str, tuple[in
     name = item.get("file_name")
     if not isinstance(name, str) or not name:
         raise _Fault("image_invalid", "has no file_name")
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise _Fault("image_outside", f"file_name {reprlib.repr(name)} leads out of the folder of the images")
     sides: tuple[Any, Any] = (item.get("height"), item.get("width"))
     if not all(_is_finite(side) and 0 < side <= LARGEST_SIDE and side == int(side) for side in sides):
-        raise _Fault("image_invalid", f"height and width must be whole pixels, but are {sides[0]!r} and {sides[1]!r}")
+        raise _Fault(
+            "image_invalid", f"height and width must be whole pixels, but are {' and '.join(map(reprlib.repr, sides))}"
+        )
     if name not in present:
         raise _Fault("image_missing", f"{present.root / name}: no such image file")
     return name, (int(sides[0]), int(sides[1]))
@@ -251,7 +255,7 @@ def _check_rest(
     """Area, crowd flag and compressed mask. ``iscrowd`` may be missing (0), as may ``area`` (the mask's)."""
     crowd = item.get("iscrowd", 0)
     if crowd not in (0, 1):
-        raise _Fault("annotation_invalid", f"iscrowd must be 0 or 1, but is {crowd!r}")
+        raise _Fault("annotation_invalid", f"iscrowd must be 0 or 1, but is {reprlib.repr(crowd)}")
     counts, pixels = b"", 0
     if masks:
         if "segmentation" not in item:
@@ -264,7 +268,7 @@ def _check_rest(
             raise _Fault("mask_empty", "segmentation covers no pixel of the image")
     area = item.get("area", pixels if masks else (box[2] - box[0]) * (box[3] - box[1]))
     if not _is_finite(area) or area < 0:
-        raise _Fault("annotation_invalid", f"area must be a finite number of pixels, but is {area!r}")
+        raise _Fault("annotation_invalid", f"area must be a finite number of pixels, but is {reprlib.repr(area)}")
     return float(area), int(crowd), counts
 
 

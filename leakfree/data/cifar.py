@@ -10,10 +10,11 @@ https://www.cs.toronto.edu/~kriz/cifar.html.
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ __all__ = ["CIFAR", "Cifar", "cifar_folder", "read_cifar"]
 
 SIDE = 32  # pixels
 _ROW = 3 * SIDE * SIDE
+_MOST_TUPLES = 24  # in a file: shapes and types of an array or two
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,24 @@ class _NotingUnpickler(pickle.Unpickler):
         return type(noted, (_Note,), {"name": noted})  # a class of its own: a file cannot change ours
 
 
+def _check_size(file: BinaryIO, size: int) -> None:
+    """Refuse a few bytes that would take endless memory or time: a table of 2**32 places, a tuple of a tuple twice, and
+    so on, whose hash takes 2**60 steps."""
+    tuples = 0
+    for opcode, argument, _ in pickletools.genops(file):
+        tuples += "TUPLE" in opcode.name
+        if tuples > _MOST_TUPLES or ("PUT" in opcode.name and int(argument or 0) > size):
+            raise _Refused(f"it has {opcode.name} in a way that no file of CIFAR has")
+    file.seek(0)
+
+
 def _read(path: Path, layout: _Layout) -> dict[str, Any]:
     """The dictionary of a file: texts as keys; arrays, lists and texts (bytes) as values."""
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
+            raise _Refused("it is no regular file")
         with path.open("rb") as file:
+            _check_size(file, path.stat().st_size)
             found = _NotingUnpickler(file, encoding="bytes").load()
         if not isinstance(found, dict):
             raise _Refused(f"it holds a {type(found).__name__}, and no dictionary")

@@ -13,6 +13,9 @@ from leakfree.errors import DataError
 
 __all__ = ["read_image"]
 
+# Not all that Pillow knows: for PostScript it starts a program, and others have decoders that nobody looks after.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
     """Read an image file as RGB: uint8 (3, H, W).
@@ -21,10 +24,13 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     converted, transparency is dropped, 16 bits per channel keep their upper 8.
 
     Raises:
-        DataError: the file is missing, truncated, damaged, or of floating-point pixels.
+        DataError: the file is missing, truncated, damaged, of floating-point pixels, of none of ``FORMATS``, or no
+            regular file.
     """
     try:
-        with Image.open(path) as image:
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for a writer
+            raise ValueError("no regular file")
+        with Image.open(path, formats=FORMATS) as image:
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
             if image.mode == "I" or image.mode.startswith("I;16"):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
@@ -125,16 +125,37 @@ def build_images(config: LabelledDataConfig, split: Split) -> LabelledImages:
     if part.name in CIFAR:
         return _cifar(part, path, key, domains, split)
     try:
-        folder = ImageFolder(str(path))
-    except (FileNotFoundError, OSError) as error:
-        what = " ".join(str(error).split())
+        files = _image_files(path)
+    except OSError as error:
+        raise DataError(f"{key}: {error.filename or path}: {error.strerror}") from None
+    empty = [name for name, found in files.items() if not found]
+    if empty or not files:
+        what = f"no image of the classes {', '.join(empty[:5])}" if empty else "no folder of a class in it"
         raise DataError(
-            f"{key}: {what}; expected a subfolder of images for each class, like {path}/cat/1.jpg"
-        ) from None
-    files, labels = zip(*folder.samples, strict=True)
-    return LabelledImages(
-        list(folder.classes), np.array(labels, dtype=np.int64), part, domains, split, _FileReader(files)
-    )
+            f"{key}: {path}: {what}; expected a subfolder of images for each class, like {path}/cat/1.jpg "
+            f"(names end in {', '.join(IMG_EXTENSIONS)})"
+        )
+    labels = np.repeat(np.arange(len(files)), [len(found) for found in files.values()]).astype(np.int64)
+    reader = _FileReader([file for found in files.values() for file in found])
+    return LabelledImages(list(files), labels, part, domains, split, reader)
+
+
+def _image_files(folder: Path) -> dict[str, list[str]]:
+    """Class -> its images, in the order of torchvision's ImageFolder, which follows links that go round for ever."""
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return {name: [file for _, files in sorted(_below(str(folder / name), ())) for file in files] for name in classes}
+
+
+def _below(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its images) of a folder and those in it. ``above``: the folders, by their real names, that led here."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    folders = [entry.path for entry in inside if entry.is_dir()]
+    yield folder, [item.path for item in inside if item.name.lower().endswith(IMG_EXTENSIONS) and not item.is_dir()]
+    for path in folders:
+        yield from _below(path, (*above, real))
 
 
 def images_path(config: LabelledDataConfig, split: Split) -> Path:

@@ -52,9 +52,13 @@ def replace_norm_activation_pairs(model: nn.Module, where: str | None = None, **
     """
     if "activation" in options:
         raise ConfigError("activation: each pair has its own, so that none can be chosen")
+    try:
+        pattern = re.compile(where or "")
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"where: {where!r} is no regular expression: {error}") from None
     calls = [_calls(model, training) for training in (True, False)]
     pairs = _find_pairs(calls)
-    chosen = [pair for pair in pairs if where is None or re.search(where, pair.norm_path)]
+    chosen = [pair for pair in pairs if pattern.search(pair.norm_path)]
     if not chosen:
         none = "none has an activation module right behind the norm (a function, as F.relu, cannot be taken out)"
         there = ", ".join(pair.norm_path for pair in pairs) or none

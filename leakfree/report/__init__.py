@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def _write(target: Path, page: str) -> None:
 
 def _checked_output(output: str) -> Path:
     target = Path(output)
-    if target.is_dir():
+    if os.path.isdir(target):
         raise RunError(f"{output}: is a folder; give a file, such as {target / 'report.html'}")
     if target.suffix.lower() not in (".html", ".htm"):
         raise RunError(f"{output}: the report is a page: give a name that ends in .html")

@@ -27,7 +27,8 @@ def checkpoint_name(step: int) -> str:
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, newest first; that of the finished training before all others."""
     folder = Path(folder)
-    steps = {path: int(match[1]) for path in folder.glob("checkpoint_*.pt") if (match := _NAME.match(path.name))}
+    names = ((path, _NAME.match(path.name)) for path in folder.glob("checkpoint_*.pt"))
+    steps = {path: int(match[1]) for path, match in names if match and path.is_file()}  # not a folder, not a pipe
     final = [folder / FINAL] if (folder / FINAL).is_file() else []
     return final + sorted(steps, key=lambda path: steps[path], reverse=True)
 

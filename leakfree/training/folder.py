@@ -96,6 +96,8 @@ def start_of_training(
         RunError: the folder holds other work, or this run's and ``resume`` was not asked for.
         CheckpointError: every checkpoint is damaged.
     """
+    if not str(folder).isascii() and os.fsencode(folder).decode(errors="replace") != str(folder):
+        raise RunError(f"output_dir: {folder} has bytes that are no UTF-8: TensorBoard cannot write there; rename it")
     if not look_only:
         for pattern in _HALF_WRITTEN:
             for leftover in folder.glob(pattern):

@@ -49,6 +49,9 @@ class _File(logging.FileHandler):
 
 
 class _Format(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).encode("utf-8", "backslashreplace").decode()  # a folder's name may be no text
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         text = super().formatMessage(record)
         return text if record.levelno <= logging.INFO else text.replace("] ", f"] {record.levelname}: ", 1)

@@ -20,13 +20,13 @@ from leakfree.norms import NORMS, ProxyNorm
 from leakfree.schedules import Epochs, FreezeBN, Point, freeze_step, lr_factor
 from leakfree.state import load_buffers
 from leakfree.training.buffers import buffers_of_rank, differing_buffers, pool_statistics, pooled_values
+from leakfree.training.entry import FORMAT, training_entry
 from leakfree.training.logs import LOG
 from leakfree.training.tasks import Task
 from leakfree.training.watchdog import progress
 
 __all__ = ["TrainingModule", "build_optimizer", "freeze_as_trained", "seed_step"]
 
-FORMAT = 1
 _NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -39,6 +39,7 @@ class TrainingModule(L.LightningModule):
     Attributes:
         losses: of the last step, without graph, and the task's monitors.
         seconds: spent in training steps before this session.
+        began: what a checkpoint holds is restored, and steps follow.
     """
 
     def __init__(self, task: Task, config: RunConfig) -> None:
@@ -50,6 +51,7 @@ class TrainingModule(L.LightningModule):
             self.double()  # Lightning does so after it has loaded a checkpoint, whose weights would be rounded
         self.losses: dict[str, Tensor] = {}
         self.seconds = 0.0
+        self.began = False
         self._own_buffers: dict[str, Tensor] = {}
         self.freeze_bn = FreezeBN(at=_freeze_point(config.schedule))
         self._steps_per_epoch = task.num_train_images() / config.trainer.total_batch_size
@@ -76,6 +78,7 @@ class TrainingModule(L.LightningModule):
     def on_train_start(self) -> None:
         # Not with the rest of the checkpoint: DDP copies rank 0's buffers to all ranks when it wraps the model.
         load_buffers(self.model, self._own_buffers)
+        self.began = True
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed_step(self.config.seed, self.global_step, get_rank())
@@ -152,9 +155,9 @@ class TrainingModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "leakfree" not in checkpoint:
+        state = training_entry(checkpoint)
+        if state is None:
             raise CheckpointError("the checkpoint to resume from was not written by a leakfree training")
-        state = checkpoint["leakfree"]
         self.freeze_bn.load_state_dict(state["freeze_bn"])
         self.seconds = state["seconds"]
         self._own_buffers = buffers_of_rank(state["rank_buffers"], get_rank(), get_world_size())
@@ -167,7 +170,8 @@ def _freeze_point(schedule: ScheduleConfig) -> Point:
 
 def freeze_as_trained(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Freeze the batch norms that were frozen when ``checkpoint`` was written; weights of others freeze none."""
-    state = checkpoint.get("leakfree", {}).get("freeze_bn", {"frozen_at": None})
+    entry = training_entry(checkpoint)
+    state = {"frozen_at": None} if entry is None else entry["freeze_bn"]
     if state["frozen_at"] is not None:
         freeze = FreezeBN(at=0)
         freeze.load_state_dict(state)

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from leakfree.config import config_to_dict, save_config
 from leakfree.config.schema import RunConfig, ScheduleConfig
 from leakfree.distributed import all_gather_objects, barrier, get_rank
-from leakfree.errors import ConfigError, LeakfreeError, RunError
+from leakfree.errors import CheckpointError, ConfigError, LeakfreeError, RunError, one_line
 from leakfree.leakage import check_config
 from leakfree.norms import BatchRenorm, CrossIterationBatchNorm, MemorizedBatchNorm
 from leakfree.records import RunRecord, read_record, write_record
@@ -43,7 +44,7 @@ from leakfree.training.ranks import RankPlan, threads_per_rank
 from leakfree.training.saving import BackgroundCheckpoints
 from leakfree.training.stopping import StopAsked, Stopped, what_is_saved
 from leakfree.training.tasks import Task
-from leakfree.training.watchdog import at_end, progress
+from leakfree.training.watchdog import RankError, at_end, progress
 
 __all__ = ["evaluate_on_rank", "train_on_rank"]
 
@@ -67,9 +68,10 @@ def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
         if start.step < config.schedule.max_steps:
             _fit(config, plan, start, session, module)
         else:
-            checkpoint = read_checkpoint(start.weights)
-            module.load_state_dict(checkpoint["state_dict"])
-            freeze_as_trained(task.model, checkpoint)
+            with _restoring(module, start.weights):
+                checkpoint = read_checkpoint(start.weights)
+                module.load_state_dict(checkpoint["state_dict"])
+                freeze_as_trained(task.model, checkpoint)
         session.saved = config.schedule.max_steps
         task.model.to(session.device)  # Lightning has moved it to the CPU
         pool_statistics(task.model)
@@ -82,7 +84,10 @@ def evaluate_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
     config = amended(config, start.changes)
     with _session(config, plan, start, saved=None) as session:
         task = _build(config, start.weights, ())  # the whole of it, whatever a training would start from
-        freeze_as_trained(task.model, read_checkpoint(start.weights))
+        try:
+            freeze_as_trained(task.model, read_checkpoint(start.weights))
+        except CheckpointError as error:
+            raise CheckpointError(f"{start.weights}: {error}") from error
         session.open(task, steps=None)
         session.evaluate(task)
         session.close(task)
@@ -290,11 +295,42 @@ def _fit(config: RunConfig, plan: RankPlan, start: Start, session: _Session, mod
     batches = _Steps(module.task, start.step, config.schedule.max_steps)
     progress(f"step {start.step + 1}, the first of this session", slow=True)
     try:
-        with _interrupt_raised(), checkpoints, at_end(lambda _: checkpoints.saved_to_disk()):
+        with (
+            _interrupt_raised(),
+            checkpoints,
+            at_end(lambda _: checkpoints.saved_to_disk()),
+            _restoring(module, start.weights),
+        ):
             trainer.fit(module, train_dataloaders=batches, ckpt_path=start.weights or None, weights_only=True)
     finally:
         journal.close()
     assert trainer.global_step == config.schedule.max_steps, "the training ended early"
+
+
+def _between_ranks(error: BaseException) -> bool:
+    """Whether it came out of torch's collectives: a rank that is gone says nothing about a checkpoint."""
+    frames = traceback.extract_tb(error.__traceback__)
+    parts = ("torch/distributed/", "torch/nn/parallel/distributed.py")
+    return bool(frames) and any(part in Path(frames[-1].filename).as_posix() for part in parts)
+
+
+@contextmanager
+def _restoring(module: TrainingModule, path: str) -> Iterator[None]:
+    """A checkpoint that is whole may still hold what fits neither the model nor Lightning: told by its name, in a line.
+
+    Raises:
+        CheckpointError: in place of what the libraries raise for it, before the first step.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise error if path in str(error) or module.began else CheckpointError(f"{path}: {error}") from error
+    except (torch.OutOfMemoryError, torch.distributed.DistError, LeakfreeError, RankError, Stopped):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if module.began or not path or _between_ranks(error):
+            raise
+        raise CheckpointError(f"{path}: cannot be continued from: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _norm_callbacks(task: Task, schedule: ScheduleConfig) -> list[L.Callback]:

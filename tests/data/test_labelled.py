@@ -189,8 +189,8 @@ def test_a_broken_image_is_one_line_with_its_file(folder, num_workers):
             r"data\.train\.path: .*nowhere: it does not exist",
         ),
         (lambda config, root: setattr(config.train, "path", "train/cat/0.png"), "it is not a folder"),
-        (lambda config, root: setattr(config.train, "path", "train/cat"), "Couldn't find any class folder"),
-        (lambda config, root: (root / "train/cow").mkdir(), "Found no valid file for the classes cow"),
+        (lambda config, root: setattr(config.train, "path", "train/cat"), "no folder of a class in it"),
+        (lambda config, root: (root / "train/cow").mkdir(), "no image of the classes cow"),
     ],
 )
 def test_a_folder_that_holds_no_classes_is_told_by_key(folder, change, words):

@@ -79,7 +79,8 @@ def test_weights_without_a_history_freeze_nothing():
     model = nn.Sequential(build_norm("BN", 2))
     freeze_as_trained(model, {"state_dict": {}})
     assert not model[0].frozen
-    freeze_as_trained(model, {"leakfree": {"freeze_bn": {"frozen_at": 3, "layers": ["0"]}}})
+    entry = {"format": 1, "step": 4, "seconds": 1.0, "world_size": 1, "config": {}, "rank_buffers": [{}]}
+    freeze_as_trained(model, {"leakfree": {**entry, "freeze_bn": {"frozen_at": 3, "layers": ["0"]}}})
     assert model[0].frozen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -98,7 +99,8 @@ def changed(section: Any, *names: str) -> list[str]:
 
 
 def nearest_divisors(total: int, given: int) -> str:
-    near = sorted((size for size in range(1, total + 1) if total % size == 0), key=lambda size: abs(size - given))
+    small = [size for size in range(1, math.isqrt(total) + 1) if total % size == 0]
+    near = sorted({*small, *(total // size for size in small)}, key=lambda size: (abs(size - given), size))
     return ", ".join(map(str, sorted(near[:2])))
 
 
