@@ -51,7 +51,12 @@ SETTLE = 3  # undisturbed steps at least between two checkpoints
 
 _BRIEF = ["leakage.enabled=false", "evaluation.max_images=16", "evaluation.precise_images=16", "data.num_workers=0"]
 CASES: dict[str, list[str]] = {  # name: config and overrides
-    "mask_rcnn_small": ["detection/digits/mask_rcnn_small_BNhead_leaky_e2e.yaml", "evaluation.statistics=[population]"],
+    "mask_rcnn_small": [
+        "detection/digits/mask_rcnn_small_BNhead_leaky_e2e.yaml",
+        "model.weights=",
+        "model.weights_parts=[]",
+        "evaluation.statistics=[population]",
+    ],
     "resnet18": [
         "classification/base.yaml",
         "model.name=resnet18",
