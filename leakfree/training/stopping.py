@@ -72,11 +72,11 @@ def listening(*, to_the_end: bool = False) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is _note:
         yield
         return
-    _received = ""
     before = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
     try:
         yield
     finally:
+        _received = ""
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if to_the_end else signal.SIG_DFL if handler is None else handler)
 

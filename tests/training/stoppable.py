@@ -75,7 +75,7 @@ def _arm():
 
     wrap(DetectionTask, "__init__", after=lambda _: strike("loading"))
     wrap(TrainingModule, "training_step", after=lambda module: strike(f"forward {module.global_step + 1}"))
-    wrap(TrainingModule, "optimizer_step", after=lambda module: strike(f"update {module.global_step}"))
+    wrap(TrainingModule, "optimizer_step", after=lambda module: strike(f"update {module.global_step + 1}"))
     real_write = callbacks.write_checkpoint
 
     def write(content, path):
