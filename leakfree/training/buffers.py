@@ -7,7 +7,7 @@ checkpoints nor evaluations during training change what comes after.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from leakfree.distributed import all_gather_ints, all_gather_objects, is_distributed
 from leakfree.state import buffers_kept
 
-__all__ = ["differing_buffers", "pool_statistics", "pooled_statistics"]
+__all__ = ["differing_buffers", "pool_statistics", "pooled_statistics", "share_buffers"]
 
 
 @torch.no_grad()
@@ -64,10 +64,32 @@ def pooled_statistics(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers that a checkpoint holds: pooled statistics, and of the rest (a memory of the last
+    batches, say) those of rank 0. What is then measured is what the checkpoint would give. Every rank calls it."""
+    pool_statistics(model)
+    if is_distributed():
+        for buffer in model.buffers():
+            value = buffer.contiguous()
+            dist.broadcast(value, src=0)
+            buffer.copy_(value)
+
+
 def differing_buffers(model: nn.Module) -> list[dict[str, Tensor]]:
-    """For each rank, its buffers that are not the same on all ranks; every rank calls it and gets all."""
-    buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in model.named_buffers()}
-    sums = [zlib.crc32(buffer.reshape(-1).view(torch.uint8).numpy().tobytes()) for buffer in buffers.values()]
-    everyone = all_gather_ints(sums) if sums else [[]]
-    differ = [name for name, *values in zip(buffers, *everyone, strict=True) if len(set(values)) > 1]
-    return all_gather_objects({name: buffers[name].clone() for name in differ})
+    """For each rank, its buffers where they are not on all ranks what :func:`share_buffers` would make of them; every
+    rank calls it and gets all."""
+    buffers = {name: buffer.detach().cpu().contiguous().clone() for name, buffer in model.named_buffers()}
+    with pooled_statistics(model):  # a mean of equal numbers may be another one
+        pooled = _sums(buffer.detach().cpu() for buffer in model.buffers())
+    everyone = all_gather_ints([*_sums(buffers.values()), *pooled]) if buffers else [[]]
+    differ = [
+        name
+        for index, name in enumerate(buffers)
+        if len({sums[place] for sums in everyone for place in (index, index + len(buffers))}) > 1
+    ]
+    return all_gather_objects({name: buffers[name] for name in differ})
+
+
+def _sums(tensors: Iterable[Tensor]) -> list[int]:
+    return [zlib.crc32(item.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for item in tensors]
