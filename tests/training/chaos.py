@@ -14,6 +14,7 @@ Kills are spaced by steps, not by seconds: a slow machine only takes longer.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -33,10 +34,10 @@ from leakfree.config.schema import RunConfig
 from tests.contrastive.conftest import CONFIG
 from tests.training.exact_resume import run_differences
 
-__all__ = ["Chaos", "Kill", "Report"]
+__all__ = ["SMALL", "Chaos", "Kill", "Report"]
 
 # A tiny MoCo: batch norm by rank, a momentum encoder and a queue.
-_SMALL = [
+SMALL = [
     "data.num_workers=1",
     "trainer.num_processes=2",
     "trainer.checkpoint_period=10",
@@ -62,7 +63,7 @@ class Kill:
     ``step`` is the last that the log had told, ``resumed`` where the next session went on; both 0 before the first.
     """
 
-    victim: str  # supervisor | rank N | loader | all
+    victim: str  # supervisor | rank | loader | all
     moment: str  # start | step | saving | evaluating | end
     step: int
     resumed: int
@@ -125,20 +126,24 @@ class Chaos:
         (self.output / "tmp").mkdir(parents=True, exist_ok=True)
         self._undisturbed()
         began = time.monotonic()
+        try:
+            self._disturbed()
+        finally:
+            self.report.seconds = time.monotonic() - began
+        return self.report
+
+    def _disturbed(self) -> None:
         resumed = 0
         for number in range(self.kills):
             killed = self._killed_session(self._moment(number), self.kills - number, resumed)
             if killed is None:
-                return self.report
+                return
             victim, moment, step = killed
             resumed = self._newest()
             self.report.kills.append(Kill(victim, moment, step, resumed))
             self.report.half_written += len(self._temporary_files())
             print(f"{number + 1}/{self.kills}: {victim} killed ({moment}) at step {step}, {resumed} saved", flush=True)
-        code = self._start().wait(_PATIENCE * 4)
-        self.report.seconds = time.monotonic() - began
-        self._judge(code)
-        return self.report
+        self._judge(self._start().wait(_PATIENCE * 4))
 
     def _undisturbed(self) -> None:
         process = self._start(self.whole, resume=False)
@@ -174,7 +179,7 @@ class Chaos:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(self.random.uniform(0.0, self._start_seconds))
         elif moment == "end":
-            self._until(lambda: "saved" in self._log() and "model_final.pt" in self._log(), process)
+            self._until(lambda: "model_final.pt" in self._log(), process)  # saved, or where this session goes on
             time.sleep(self.random.uniform(0.0, 0.3))
         else:
             self._until(lambda: self._step() >= (target if moment == "step" else resumed + 1), process)
@@ -222,15 +227,16 @@ class Chaos:
         kinds = self._processes(process.pid)
         if not kinds:
             return None
-        kind = self.random.choice([*kinds, "all"])
-        chosen = [pid for pids in kinds.values() for pid in pids] if kind == "all" else [self._any(kinds[kind])]
+        weights = {"supervisor": 2, "rank": 4, "loader": 2, "all": 1}
+        names = [*kinds, "all"]
+        (kind,) = self.random.choices(names, [weights[name] for name in names])
+        chosen = (
+            [pid for pids in kinds.values() for pid in pids] if kind == "all" else [self.random.choice(kinds[kind])]
+        )
         for pid in chosen:  # the supervisor first: it cannot tell the others to end
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return kind
-
-    def _any(self, pids: list[int]) -> int:
-        return self.random.choice(pids)
 
     def _processes(self, supervisor: int) -> dict[str, list[int]]:
         """The processes of the session by kind, the supervisor first."""
@@ -288,7 +294,7 @@ class Chaos:
             if kill.lost > period:
                 self._fault(f"kill {number} ({kill.victim}, {kill.moment}) lost {kill.lost} steps, over {period}")
         starts = [0, *(int(step) for step in _FROM.findall((self.folder / "log.txt").read_text()))]
-        for before, after in zip(starts, starts[1:], strict=False):
+        for before, after in itertools.pairwise(starts):
             if after < before:
                 self._fault(f"a session went back from step {before} to {after}")
         for path in [*self._temporary_files(), *(self.output / "tmp").glob("torch_*")]:
@@ -364,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides = list(args.overrides)
         if not args.config:
             (output / "small.yaml").write_text(CONFIG)
-            overrides = [*_SMALL, f"schedule.max_steps={args.kills * _STEPS_PER_KILL}", *overrides]
+            overrides = [*SMALL, f"schedule.max_steps={args.kills * _STEPS_PER_KILL}", *overrides]
         config_file = Path(args.config) if args.config else output / "small.yaml"
         report = Chaos(config_file, output, overrides, kills=args.kills, seed=args.seed).run()
     print("\n".join(report.lines()))

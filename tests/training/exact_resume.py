@@ -77,7 +77,8 @@ def _classification(*overrides: str, **options: Any) -> Case:
 
 def _contrastive(*overrides: str, **options: Any) -> Case:
     less = ("evaluation.precise_images=24", "evaluation.max_images=48", "evaluation.online_images=48")
-    return Case("contrastive", (*less, "evaluation.statistics=[population]", "leakage.max_images=24", *overrides), **options)
+    few = ("evaluation.statistics=[population]", "leakage.max_images=24")
+    return Case("contrastive", (*less, *few, *overrides), **options)
 
 
 def _head(norm: str, *overrides: str) -> Case:
@@ -146,7 +147,13 @@ CASES: dict[str, Case] = {
     "ranks-3-detection": _head("BN", "optimizer.name=adamw", "optimizer.lr=0.001"),
     "ranks-4-moco": _contrastive("model.query=shuffle_bn", world_size=4),
     # detection
-    **{f"detection-{norm}": _head(norm) for norm in ("BN", "SyncBN", "ShuffleBN", "BatchRenorm", "MBN", "CBN", "GN")},
+    **{f"detection-{norm}": _head(norm) for norm in ("BN", "SyncBN", "ShuffleBN", "BatchRenorm", "MBN", "LN")},
+    "detection-CBN": _head(
+        "CBN",
+        "schedule.burn_in=0.4",
+        "model.box_head.norm_options={window: 3, rho: 0}",
+        "model.mask_head.norm_options={window: 3, rho: 0}",
+    ),
     "detection-shuffled-statistics": _head(
         "BN", "model.box_head.roi_shuffle=statistics", "model.mask_head.roi_shuffle=statistics"
     ),
@@ -161,8 +168,9 @@ CASES: dict[str, Case] = {
     # contrastive
     **{
         f"moco-{word}": _contrastive(f"model.query={word}")
-        for word in ("bn", "sync_bn", "shuffle_bn", "shuffle_images", "gn")
+        for word in ("bn", "sync_bn", "shuffle_bn", "shuffle_images")
     },
+    "moco-gn": _contrastive("model.query=gn", "model.norm_options={num_groups: 4}"),
     "moco-ghost_bn": _contrastive("model.query=ghost_bn", "model.norm_options={group_size: 4}"),
     "moco-loader_shuffle": _contrastive("model.query=bn", "model.key=loader_shuffle"),
     "moco-eman": _contrastive("model.query=bn", "model.key=eman"),
@@ -176,12 +184,45 @@ CASES: dict[str, Case] = {
     "moco-views-of-lightly": _contrastive("data.views={name: moco_v2}"),
     **{
         f"simclr-{word}": _contrastive("model.method=simclr", f"model.query={word}")
-        for word in ("bn", "sync_bn", "shuffle_bn", "shuffle_images", "gn")
+        for word in ("bn", "sync_bn", "shuffle_bn", "shuffle_images")
     },
     "simclr-views-of-lightly": _contrastive("model.method=simclr", "data.views={name: simclr}"),
+    # several at once, for CI
+    "many-classification": _classification(
+        "model.norm=CBN",
+        *_NORM_OPTIONS["CBN"],
+        "optimizer.name=adamw",
+        "optimizer.lr=0.001",
+        "schedule.decay=cosine",
+        "data.min_crop=0.5",
+        "data.flip=0.5",
+        world_size=3,
+    ),
+    "many-frozen": _classification(
+        "model.norm=BatchRenorm",
+        "trainer.precision=64-true",
+        "optimizer.clip_gradients=0.5",
+        "data.composition=same_class",
+        "schedule.freeze_bn_unit=step",
+        "schedule.freeze_bn_at=5",
+    ),
+    "many-detection": _detection(
+        "model.box_head.norm=MBN",
+        "schedule.double_forward=true",
+        "model.mask_head.norm=BN",
+        "model.mask_head.roi_shuffle=features",
+        "data.flip=0.5",
+    ),
+    "many-moco": _contrastive(
+        "model.query=shuffle_bn",
+        "model.momentum_end=1.0",
+        "model.queue_size=37",
+        "optimizer.name=lars",
+        "trainer.precision=bf16-mixed",
+    ),
 }
 
-CHOSEN: list[str] = []
+CHOSEN = [name for name in CASES if name.startswith("many-")]
 
 
 # ---------------------------------------------------------------------------------------- runs
