@@ -19,7 +19,14 @@ from leakfree.distributed import all_gather_objects, all_gather_table, is_distri
 from leakfree.errors import RunError
 from leakfree.state import buffers_kept
 
-__all__ = ["buffers_of_rank", "differing_buffers", "pool_statistics", "pooled_statistics", "pooled_values"]
+__all__ = [
+    "buffers_of_rank",
+    "differing_buffers",
+    "pool_statistics",
+    "pooled_statistics",
+    "pooled_values",
+    "share_buffers",
+]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -93,17 +100,40 @@ def pooled_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def differing_buffers(model: nn.Module) -> list[dict[str, Tensor]]:
-    """For each rank, its buffers that are not the same on all ranks; every rank calls it and gets all."""
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers that a checkpoint holds: pooled statistics, and of the rest (a memory of the last
+    batches, say) those of rank 0. What is then measured is what the checkpoint would give. Every rank calls it."""
+    pool_statistics(model)
+    if is_distributed():
+        for buffer in model.buffers():
+            value = buffer.contiguous()
+            if value.numel():
+                dist.broadcast(value.reshape(-1).view(torch.uint8), src=0)  # not every backend sends truth values
+            buffer.copy_(value)
+
+
+@torch.no_grad()
+def differing_buffers(model: nn.Module, pooled: dict[str, Tensor] | None = None) -> list[dict[str, Tensor]]:
+    """For each rank, its buffers where they are not on all ranks what :func:`share_buffers` would make of them.
+
+    Every rank calls it and gets all.
+
+    Args:
+        pooled: :func:`pooled_values`, where they are known.
+    """
     if not is_distributed():
         return [{}]
+    pooled = pooled_values(model) if pooled is None else pooled
     buffers = dict(model.named_buffers())
     contents = _contents(buffers.values())
-    sums = all_gather_table([zlib.crc32(content.numpy().data) for content in contents])
-    differ = (sums != sums[0]).any(0).tolist()
+    shared = _contents([pooled.get(name, buffer) for name, buffer in buffers.items()])
+    sums = all_gather_table([zlib.crc32(content.numpy().data) for content in (*contents, *shared)])
+    own, sums = sums.split(len(contents), dim=1)
+    # a mean of equal numbers may be another one
+    differ = ((own != own[0]) | (own != sums)).any(0).tolist()
     # In one piece, not as tensors: each of these takes long to pack and to unpack.
-    own = [item for item, more in zip(buffers.items(), differ, strict=True) if more]
-    described = [(name, buffer.dtype, buffer.shape) for name, buffer in own]
+    apart = [item for item, more in zip(buffers.items(), differ, strict=True) if more]
+    described = [(name, buffer.dtype, buffer.shape) for name, buffer in apart]
     values = b"".join(content.numpy().tobytes() for content, more in zip(contents, differ, strict=True) if more)
     return [_apart(described, data) for described, data in all_gather_objects((described, values))]
 

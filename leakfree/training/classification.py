@@ -22,7 +22,7 @@ from leakfree.data import LabelledImages, build_images
 from leakfree.errors import ConfigError, DataError
 from leakfree.records import Evaluation
 from leakfree.state import load_weights
-from leakfree.training.tasks import Track
+from leakfree.training.tasks import Track, in_precision
 
 __all__ = ["ClassificationTask"]
 
@@ -39,7 +39,7 @@ class ClassificationTask:
         self.config = config
         self.images = {"train": build_images(config.data, "train"), "val": build_images(config.data, "val")}
         domains = list(dict.fromkeys(config.data.train.corruptions))
-        self.model = build_classifier(config, _num_classes(config, self.images), domains)
+        self.model = in_precision(build_classifier(config, _num_classes(config, self.images), domains), config)
         if weights:
             load_weights(self.model, weights, parts)
         self._accuracy: Tensor | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leakfree.config.schema import ContrastiveRunConfig
 from leakfree.contrastive import (
@@ -21,7 +21,7 @@ from leakfree.contrastive import (
 from leakfree.data import build_images
 from leakfree.records import Evaluation
 from leakfree.state import load_weights
-from leakfree.training.tasks import Track
+from leakfree.training.tasks import Track, in_precision
 
 __all__ = ["ContrastiveTask"]
 
@@ -38,7 +38,7 @@ class ContrastiveTask:
         self.config = config
         self.images = {"train": build_images(config.data, "train"), "val": build_images(config.data, "val")}
         self.method = build_contrastive(config)
-        self.model: nn.Module = self.method
+        self.model = in_precision(self.method, config)
         if weights:
             load_weights(self.model, weights, parts)
             self.method.weights_loaded(parts)

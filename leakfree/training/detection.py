@@ -24,7 +24,7 @@ from leakfree.distributed import barrier, get_world_size
 from leakfree.errors import ConfigError, DataError
 from leakfree.records import Evaluation
 from leakfree.state import load_weights
-from leakfree.training.tasks import Track
+from leakfree.training.tasks import Track, in_precision
 
 __all__ = ["DetectionTask"]
 
@@ -40,7 +40,7 @@ class DetectionTask:
     def __init__(self, config: DetectionRunConfig, weights: str = "", parts: Sequence[str] = ()) -> None:
         self.config = config
         self.datasets = _open(config)
-        self.model = build_detector(config, _num_classes(config, self.datasets))
+        self.model = in_precision(build_detector(config, _num_classes(config, self.datasets)), config)
         if weights:
             load_weights(self.model, weights, parts)
 

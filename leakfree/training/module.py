@@ -47,8 +47,6 @@ class TrainingModule(L.LightningModule):
         self.task = task
         self.config = config
         self.model = task.model
-        if config.trainer.precision == "64-true":
-            self.double()  # Lightning does so after it has loaded a checkpoint, whose weights would be rounded
         self.losses: dict[str, Tensor] = {}
         self.seconds = 0.0
         self.began = False
@@ -140,9 +138,9 @@ class TrainingModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Pooled statistics for whoever reads the weights; each rank's own beside them, for the resume."""
-        pooled = {f"model.{name}": value for name, value in pooled_values(self.model).items()}
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: pooled.get(name, value) for name, value in state.items()}
+        pooled = pooled_values(self.model)
+        state = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {name: pooled.get(name.removeprefix("model."), value) for name, value in state}
         checkpoint["leakfree"] = {
             "format": FORMAT,
             "version": __version__,
@@ -150,7 +148,7 @@ class TrainingModule(L.LightningModule):
             "seconds": self.seconds,
             "world_size": get_world_size(),
             "freeze_bn": self.freeze_bn.state_dict(),
-            "rank_buffers": differing_buffers(self.model),
+            "rank_buffers": differing_buffers(self.model, pooled),
             "config": config_to_dict(self.config),
         }
 

@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from leakfree.config.schema import RunConfig
 from leakfree.records import Evaluation
 
-__all__ = ["Task", "Track"]
+__all__ = ["Task", "Track", "in_precision"]
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # (batches, what they are for) -> batches, with progress shown
 
@@ -53,3 +54,11 @@ class Task(Protocol):
 
     def evaluate(self, track: Track) -> Evaluation:
         """Everything that the config asks for, of the model as it is."""
+
+
+def in_precision(model: nn.Module, config: RunConfig) -> nn.Module:
+    """``model`` with weights as long as ``trainer.precision`` keeps them.
+
+    Lightning would do it, but only after it has loaded the checkpoint to resume from, whose 64 bits were then cut.
+    """
+    return model.double() if config.trainer.precision == "64-true" else model

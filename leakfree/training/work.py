@@ -29,7 +29,7 @@ from leakfree.records import RunRecord, read_record, write_record
 from leakfree.schedules import BurnInSchedule, RenormSchedule
 from leakfree.sealed import disk_is_full, read_checkpoint
 from leakfree.training.agreement import Agreement
-from leakfree.training.buffers import pool_statistics
+from leakfree.training.buffers import share_buffers
 from leakfree.training.callbacks import DoubleForwardCallback, Moments, ScheduleCallback
 from leakfree.training.checkpoints import Shelf
 from leakfree.training.classification import ClassificationTask
@@ -67,14 +67,14 @@ def train_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
         module = TrainingModule(task, config)
         if start.step < config.schedule.max_steps:
             _fit(config, plan, start, session, module)
+            task.model.to(session.device)  # Lightning has moved it to the CPU
+            share_buffers(task.model)
         else:
             with _restoring(module, start.weights):
                 checkpoint = read_checkpoint(start.weights)
                 module.load_state_dict(checkpoint["state_dict"])
-                freeze_as_trained(task.model, checkpoint)
+                _as_trained(task, config, checkpoint)
         session.saved = config.schedule.max_steps
-        task.model.to(session.device)  # Lightning has moved it to the CPU
-        pool_statistics(task.model)
         session.evaluate(task)
         session.close(task)
 
@@ -85,12 +85,21 @@ def evaluate_on_rank(config: RunConfig, plan: RankPlan, start: Start) -> None:
     with _session(config, plan, start, saved=None) as session:
         task = _build(config, start.weights, ())  # the whole of it, whatever a training would start from
         try:
-            freeze_as_trained(task.model, read_checkpoint(start.weights))
+            _as_trained(task, config, read_checkpoint(start.weights))
         except CheckpointError as error:
             raise CheckpointError(f"{start.weights}: {error}") from error
         session.open(task, steps=None)
         session.evaluate(task)
         session.close(task)
+
+
+def _as_trained(task: Task, config: RunConfig, checkpoint: dict[str, Any]) -> None:
+    """Set what norms keep beside their buffers as it was when ``checkpoint`` was written: frozen, on their ramps."""
+    freeze_as_trained(task.model, checkpoint)
+    for callback in _norm_callbacks(task, config.schedule):
+        if isinstance(callback, ScheduleCallback) and callback.state_key in checkpoint.get("callbacks", {}):
+            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+            callback.schedule.step(task.model, checkpoint["leakfree"]["step"], config.schedule.max_steps)
 
 
 def _initial_weights(config: RunConfig) -> tuple[str, Sequence[str]]:
@@ -369,7 +378,8 @@ class _ReproducibleSums(DDPStrategy):
 
     DDP packs the gradients of its first step otherwise than those after it, which it packs in the order in which that
     step's backward met them. Where in a pack a number lies decides the order in which three or more ranks add it up.
-    Told the order of the parameters beforehand, DDP packs them so from the first step on.
+    Told an order beforehand, that of the parameters, DDP packs them so from the first step on. They are then sent when
+    the backward is through: a GPU, where no run is exact to the bit, keeps sending during it.
     """
 
     def configure_ddp(self) -> None:
@@ -386,7 +396,7 @@ def _trainer(
     if several:
         # Buffers are each rank's own (leakfree.training.buffers). Every trainable parameter is reached on
         # every rank, also by ranks without RoIs, so DDP needs no search for unused ones.
-        kind = DDPStrategy if plan.gpus else _ReproducibleSums
+        kind = _ReproducibleSums if plan.world_size > 2 and not plan.gpus else DDPStrategy
         strategy = kind(broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True)
     environment = TorchElasticEnvironment() if several else LightningEnvironment()
     local = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ and not several else None

@@ -36,7 +36,7 @@ from tests.ranks import run_ranks
 from tests.runs import launched, stop_at
 from tests.training.conftest import CONFIG as DETECTION
 
-__all__ = ["CASES", "CHOSEN", "STEPS", "Case", "differences", "found_differences"]
+__all__ = ["CASES", "CHOSEN", "STEPS", "Case", "differences", "found_differences", "run_differences"]
 
 STEPS = 6
 # Rows and evaluations at steps that are no multiple of each other, nor of every k.
@@ -77,7 +77,8 @@ def _classification(*overrides: str, **options: Any) -> Case:
 
 def _contrastive(*overrides: str, **options: Any) -> Case:
     less = ("evaluation.precise_images=24", "evaluation.max_images=48", "evaluation.online_images=48")
-    return Case("contrastive", (*less, "evaluation.statistics=[population]", "leakage.max_images=24", *overrides), **options)
+    few = ("evaluation.statistics=[population]", "leakage.max_images=24")
+    return Case("contrastive", (*less, *few, *overrides), **options)
 
 
 def _head(norm: str, *overrides: str) -> Case:
@@ -98,7 +99,6 @@ _NORMS += ["DomainBN", "FrozenBN", "GN", "LN", "IN", "PN", "ProxyNorm", "none"]
 
 _FREEZE = ["schedule.freeze_bn_unit=step", "schedule.freeze_bn_at=3"]
 _EPOCH = ["schedule.freeze_bn_unit=epoch", "schedule.freeze_bn_at=0.1"]  # of the 1,437 digits at 48 a step: step 3
-_MOCO = ["query", "key"]
 
 CASES: dict[str, Case] = {
     **{f"norm-{name}": _classification(f"model.norm={name}", *_NORM_OPTIONS.get(name, ())) for name in _NORMS},
@@ -109,7 +109,7 @@ CASES: dict[str, Case] = {
         "model.norm=CBN", "model.norm_options={window: 4, burn_in: 2}", "schedule.scale_ramps=false"
     ),
     "norm-BatchRenorm-no-ramp": _classification(
-        "model.norm=BatchRenorm", "model.norm_options={ramp: [1, 3, 5]}", "schedule.scale_ramps=false"
+        "model.norm=BatchRenorm", "model.norm_options={ramp: null}", "schedule.scale_ramps=false"
     ),
     "norm-MBN-single-forward": _classification("model.norm=MBN", "model.norm_options={memory: 4}"),
     "norm-ShuffleBN-by-layer": _classification("model.norm=ShuffleBN", "model.norm_options={draw: layer}"),
@@ -137,7 +137,6 @@ CASES: dict[str, Case] = {
     "data-same-class": _classification("data.composition=same_class"),
     "data-augmented": _classification("data.min_crop=0.5", "data.flip=0.5"),
     "data-no-workers": _classification("data.min_crop=0.5", "data.num_workers=0"),
-    "data-frozen-part": _classification("model.freeze=[features.0]"),
     # more ranks: the sum over ranks must not depend on when a session began
     "ranks-1": _classification("model.norm=MBN", *_NORM_OPTIONS["MBN"], world_size=1),
     "ranks-3": _classification(world_size=3),
@@ -148,7 +147,13 @@ CASES: dict[str, Case] = {
     "ranks-3-detection": _head("BN", "optimizer.name=adamw", "optimizer.lr=0.001"),
     "ranks-4-moco": _contrastive("model.query=shuffle_bn", world_size=4),
     # detection
-    **{f"detection-{norm}": _head(norm) for norm in ("BN", "SyncBN", "ShuffleBN", "BatchRenorm", "MBN", "CBN", "GN")},
+    **{f"detection-{norm}": _head(norm) for norm in ("BN", "SyncBN", "ShuffleBN", "BatchRenorm", "MBN", "LN")},
+    "detection-CBN": _head(
+        "CBN",
+        "schedule.burn_in=0.4",
+        "model.box_head.norm_options={window: 3, rho: 0}",
+        "model.mask_head.norm_options={window: 3, rho: 0}",
+    ),
     "detection-shuffled-statistics": _head(
         "BN", "model.box_head.roi_shuffle=statistics", "model.mask_head.roi_shuffle=statistics"
     ),
@@ -163,8 +168,9 @@ CASES: dict[str, Case] = {
     # contrastive
     **{
         f"moco-{word}": _contrastive(f"model.query={word}")
-        for word in ("bn", "sync_bn", "shuffle_bn", "shuffle_images", "gn")
+        for word in ("bn", "sync_bn", "shuffle_bn", "shuffle_images")
     },
+    "moco-gn": _contrastive("model.query=gn", "model.norm_options={num_groups: 4}"),
     "moco-ghost_bn": _contrastive("model.query=ghost_bn", "model.norm_options={group_size: 4}"),
     "moco-loader_shuffle": _contrastive("model.query=bn", "model.key=loader_shuffle"),
     "moco-eman": _contrastive("model.query=bn", "model.key=eman"),
@@ -178,12 +184,45 @@ CASES: dict[str, Case] = {
     "moco-views-of-lightly": _contrastive("data.views={name: moco_v2}"),
     **{
         f"simclr-{word}": _contrastive("model.method=simclr", f"model.query={word}")
-        for word in ("bn", "sync_bn", "shuffle_bn", "shuffle_images", "gn")
+        for word in ("bn", "sync_bn", "shuffle_bn", "shuffle_images")
     },
     "simclr-views-of-lightly": _contrastive("model.method=simclr", "data.views={name: simclr}"),
+    # several at once, for CI
+    "many-classification": _classification(
+        "model.norm=CBN",
+        *_NORM_OPTIONS["CBN"],
+        "optimizer.name=adamw",
+        "optimizer.lr=0.001",
+        "schedule.decay=cosine",
+        "data.min_crop=0.5",
+        "data.flip=0.5",
+        world_size=3,
+    ),
+    "many-frozen": _classification(
+        "model.norm=BatchRenorm",
+        "trainer.precision=64-true",
+        "optimizer.clip_gradients=0.5",
+        "data.composition=same_class",
+        "schedule.freeze_bn_unit=step",
+        "schedule.freeze_bn_at=5",
+    ),
+    "many-detection": _detection(
+        "model.box_head.norm=MBN",
+        "schedule.double_forward=true",
+        "model.mask_head.norm=BN",
+        "model.mask_head.roi_shuffle=features",
+        "data.flip=0.5",
+    ),
+    "many-moco": _contrastive(
+        "model.query=shuffle_bn",
+        "model.momentum_end=1.0",
+        "model.queue_size=37",
+        "optimizer.name=lars",
+        "trainer.precision=bf16-mixed",
+    ),
 }
 
-CHOSEN: list[str] = []
+CHOSEN = [name for name in CASES if name.startswith("many-")]
 
 
 # ---------------------------------------------------------------------------------------- runs
@@ -210,7 +249,7 @@ def found_differences(case: Case, folder: Path, stops: Sequence[int] | None = No
             record = json.loads((stopped / "record.json").read_text())
             (stopped / "record.json").write_text(json.dumps({**record, "status": "running", "results": {}}))
         _train(case, config_file, stopped, resume=True)
-        found += [f"stopped after step {stop}: {line}" for line in _compared(whole, stopped, stop)]
+        found += [f"stopped after step {stop}: {line}" for line in run_differences(whole, stopped, since=stop)]
         shutil.rmtree(stopped)
     return found
 
@@ -223,14 +262,17 @@ def _train(case: Case, config_file: Path, folder: Path, *, resume: bool) -> None
         raise AssertionError(f"{folder.name} did not finish: {answers}")
 
 
-def _compared(whole: Path, stopped: Path, stop: int) -> Iterator[str]:
+def run_differences(whole: Path, resumed: Path, since: int = 0) -> Iterator[str]:
+    """What two finished runs of one config differ in, a line each: checkpoints of both after step ``since``, rows,
+    TensorBoard's numbers, and the record."""
     for path in sorted(whole.glob("*.pt")):
-        if path.name == "model_final.pt" or int(path.stem[-7:]) > stop:
-            one, other = (torch.load(folder / path.name, weights_only=True) for folder in (whole, stopped))
+        known = (resumed / path.name).exists()
+        if path.name == "model_final.pt" or (known and int(path.stem[-7:]) > since):
+            one, other = (torch.load(folder / path.name, weights_only=True) for folder in (whole, resumed))
             yield from differences(one, other, path.stem + ":")
-    yield from differences(_rows(whole), _rows(stopped), "metrics.json:")
-    yield from differences(_board(whole), _board(stopped), "TensorBoard:")
-    before, after = read_record(whole), read_record(stopped)
+    yield from differences(_rows(whole), _rows(resumed), "metrics.json:")
+    yield from differences(_board(whole), _board(resumed), "TensorBoard:")
+    before, after = read_record(whole), read_record(resumed)
     for name in ("status", "batch", "results", "leakage", "notes"):
         yield from differences(getattr(before, name), getattr(after, name), f"record.json:{name}")
 

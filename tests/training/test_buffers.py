@@ -5,7 +5,13 @@ from torch import nn
 
 from leakfree.norms import build_norm, domain
 from leakfree.state import load_buffers
-from leakfree.training.buffers import differing_buffers, pool_statistics, pooled_statistics, pooled_values
+from leakfree.training.buffers import (
+    differing_buffers,
+    pool_statistics,
+    pooled_statistics,
+    pooled_values,
+    share_buffers,
+)
 from tests.ranks import run_ranks
 
 
@@ -102,3 +108,36 @@ def test_pooled_values_have_every_name_and_change_nothing():
     assert [item["odd"].tolist() for item in differing] == [[True, False, False], [True, False, True]]
     assert torch.equal(differing[1]["wide"], torch.arange(8.0).view(2, 4).t() + 1)
     assert "none" not in differing[0]
+
+
+def _alike(rank, world_size):
+    torch.manual_seed(0)
+    norm = build_norm("SyncBN", 300, dim=1).double()
+    norm(torch.randn(5, 300, dtype=torch.float64))
+    own = norm.running_mean.clone()
+    (mine, *_) = differing_buffers(norm)
+    pool_statistics(norm)
+    return own, norm.running_mean.clone(), mine
+
+
+def test_statistics_that_the_mean_of_equal_ones_would_change_are_kept_beside_it():
+    """(a + a + a) / 3 is not always a."""
+    own, pooled, kept = run_ranks(_alike, 3)[0]
+    assert not torch.equal(own, pooled)
+    assert torch.equal(kept["running_mean"], own)
+
+
+def _shared(rank, world_size):
+    norm = build_norm("MBN", 3, dim=1, memory=2)
+    norm(torch.randn(4, 3, generator=torch.Generator().manual_seed(rank)))
+    own = {name: value.clone() for name, value in norm.named_buffers()}
+    share_buffers(norm)
+    return own, dict(norm.named_buffers())
+
+
+def test_shared_buffers_are_those_of_a_checkpoint():
+    (own, shared), (other, alike) = run_ranks(_shared, 2)
+    assert all(torch.equal(value, alike[name]) for name, value in shared.items())
+    assert torch.equal(shared["memory_mean"], own["memory_mean"])
+    assert not torch.equal(shared["memory_mean"], other["memory_mean"])
+    torch.testing.assert_close(shared["running_mean"], (own["running_mean"] + other["running_mean"]) / 2)

@@ -1,6 +1,7 @@
 """Rows, lines and timing of a training."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -65,6 +66,49 @@ def test_losses_are_averaged_over_ranks_and_written_once(tmp_path, read_rows):
     run_ranks(_on_ranks, 2, str(tmp_path))
     (row,) = read_rows(tmp_path)
     assert row["loss"] == 0.5
+
+
+def _in_parts(rank, world_size, folder, stopped):
+    from pathlib import Path
+
+    journal = Journal(Path(folder), period=3, max_steps=3, start_step=0, device=CPU)
+    for number in (1, 2, 3):
+        if number == stopped + 1:
+            state = journal.state_dict()
+            journal.close()
+            journal = Journal(Path(folder), period=3, max_steps=3, start_step=stopped, device=CPU)
+            journal.load_state_dict(state)
+        step(journal, number, 0.1 * number + rank)
+    journal.close()
+
+
+def test_a_row_is_the_same_whenever_a_session_ended_in_its_period(tmp_path, read_rows):
+    for stopped in range(4):
+        (tmp_path / str(stopped)).mkdir()
+        run_ranks(_in_parts, 2, str(tmp_path / str(stopped)), stopped)
+    rows = [
+        [{name: row[name] for name in ("step", "loss", "loss_mask")} for row in read_rows(tmp_path / str(stopped))]
+        for stopped in range(4)
+    ]
+    assert rows[0][0]["loss"] == pytest.approx(0.7)
+    assert rows == [rows[0]] * 4
+
+
+def test_a_period_goes_on_with_other_ranks_as_the_mean_of_the_old_ones(tmp_path, read_rows):
+    done = [{"sums": {"loss": torch.tensor(value)}, "step_times": [0.5], "wait_times": [0.25]} for value in (1.0, 3.0)]
+    journal = Journal(tmp_path, period=2, max_steps=2, start_step=1, device=CPU)
+    journal.load_state_dict({"ranks": done})
+    journal.stepped(2, {"loss": torch.tensor(4.0)}, 0.1)
+    journal.close()
+    assert read_rows(tmp_path)[0]["loss"] == 3.0  # of 2 and 4
+
+
+def test_a_killed_session_leaves_its_points_on_the_board(tmp_path):
+    journal = Journal(tmp_path, period=1, max_steps=2, start_step=0, device=CPU)
+    step(journal, 1, 5.0)
+    shutil.copytree(tmp_path, tmp_path / "as-killed")  # the writer is not closed
+    journal.close()
+    assert [event.value for event in EventAccumulator(str(tmp_path / "as-killed")).Reload().Scalars("loss")] == [5.0]
 
 
 def test_a_timing_without_rows_has_no_medians(tmp_path):

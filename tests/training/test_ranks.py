@@ -1,5 +1,6 @@
 """Real processes: what ends them, and what is told then."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -42,6 +43,16 @@ def test_ranks_meet_in_one_process_group(tmp_path):
     assert (tmp_path / "0").read_text() == "3.0 0 0 2 2 0"
     assert (tmp_path / "1").read_text() == "3.0 1 1 2 2 0"
     assert "RANK" not in os.environ
+
+
+def _tell_start_method(folder):
+    (Path(folder) / str(dist.get_rank())).write_text(multiprocessing.get_start_method())
+
+
+def test_loaders_of_a_rank_start_their_processes_as_those_of_one_process_do(tmp_path):
+    """A rank is spawned; its loaders' processes would be too, seconds for each of them."""
+    run_ranks(TWO, _tell_start_method, str(tmp_path))
+    assert {(tmp_path / rank).read_text() for rank in "01"} == {multiprocessing.get_start_method()}
 
 
 @pytest.mark.parametrize(
