@@ -37,7 +37,8 @@ def train(config: RunConfig, *, resume: bool = False, convert_ranks: bool = Fals
     Starts the ranks that ``config.trainer`` asks for on this machine, or joins those of a launcher.
     Everything is written to ``config.output_dir``: ``config.yaml``, ``log.txt``, ``metrics.json``,
     TensorBoard events, checkpoints (``checkpoint_0001000.pt`` after 1000 steps, ``model_final.pt``,
-    ``last_checkpoint``) and ``record.json``.
+    ``last_checkpoint``) and ``record.json``. A checkpoint is of the step in its name, but is on disk, whole
+    and under its name, only some steps later; the last one before the evaluation begins.
 
     With ``resume`` the newest undamaged checkpoint in ``output_dir`` is continued: optimizer, schedule,
     step, running statistics of every rank, frozen layers. On the CPU the weights are then bitwise those of

@@ -15,17 +15,19 @@ import torch
 from torch import nn
 
 from leakfree.config import load_config
-from leakfree.config.schema import OptimizerConfig
+from leakfree.config.schema import OptimizerConfig, TrainerConfig
 from leakfree.errors import CheckpointError, RunError
 from leakfree.sealed import damage, disk_is_full, read_checkpoint, write_checkpoint
 from leakfree.state import load_weights
 from leakfree.training import saving, train, work
+from leakfree.training.callbacks import Moments
 from leakfree.training.checkpoints import FINAL, Shelf, checkpoint_name, list_checkpoints, newest_valid
 from leakfree.training.journal import Journal
 from leakfree.training.module import build_optimizer
 from leakfree.training.saving import BackgroundCheckpoints, Staging
 from tests.classification.conftest import CONFIG as CLASSIFICATION
 from tests.contrastive.conftest import CONFIG as CONTRASTIVE
+from tests.ranks import run_ranks
 from tests.runs import weights_of
 
 
@@ -455,3 +457,23 @@ def test_an_exception_in_the_training_leaves_what_was_being_written_whole(config
     assert not list((tmp_path / "run").glob(".*.tmp"))
     monkeypatch.undo()
     assert train(configs(CLASSIFICATION, "run"), resume=True).status == "finished"
+
+
+def _wait_on_ranks(rank, world_size, folder):
+    def failing(steps, seconds):
+        raise RunError("no room")
+
+    with BackgroundCheckpoints(Shelf(folder, 1), failing) as checkpoints:
+        moments = Moments(Path(folder), TrainerConfig(), None, None, checkpoints)
+        moments.saved_to_disk()  # nothing is being written
+        if rank == 0:
+            checkpoints.save_checkpoint({"leakfree": {"step": 1, "seconds": 0.0}}, Path(folder) / checkpoint_name(1))
+        try:
+            moments.saved_to_disk()
+        except RunError as error:
+            return str(error)
+    return ""
+
+
+def test_every_rank_learns_that_a_checkpoint_is_not_on_disk(tmp_path):
+    assert run_ranks(_wait_on_ranks, 2, str(tmp_path)) == ["no room", "no room"]

@@ -12,7 +12,8 @@ nothing             no checkpoint: what chance alone makes of the same figures
 
 "waits" is the time of the call that saves, on rank 0. "lost" is by how much the steps from that of the call to the
 one after the writer's end took longer than as many undisturbed ones; both against the median of the undisturbed steps
-around. "% of a step" is lost / step: of one checkpoint, whatever their distance.
+around. "% of a step" is lost / step: of one checkpoint, whatever their distance. A core is left to the writer unless
+--threads says otherwise, as a training on GPUs leaves it many: where all compute, what it does must be taken from them.
 """
 
 from __future__ import annotations
@@ -242,7 +243,7 @@ def figures(settings: argparse.Namespace, case: str, ranks: int, moments: Altern
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = make_parser(__doc__ or "", ranks=[1, 2], threads=usable_cores())
+    parser = make_parser(__doc__ or "", ranks=[1, 2], threads=max(1, usable_cores() - 1))
     add = parser.add_argument
     add("--distance", type=at_least_one, default=15, metavar="N", help="steps between two saves (default: 15)")
     add("--folder", type=Path, metavar="DIR", help="where the checkpoints are written (default: the system's for that)")
