@@ -124,7 +124,7 @@ def _run(argv: list[str], own: bool) -> int:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise UsageError(f"leakfree {name}: unknown argument {unknown[0]!r}; flags: {choices(unknown[0], flags)}")
     args.words = argv
-    if name not in ("train", "evaluate"):
+    if name not in ("train", "launch", "evaluate"):
         return _COMMANDS[name](args)
     with listening(to_the_end=own):  # so that no later signal changes the exit code
         return _COMMANDS[name](args)

@@ -17,6 +17,7 @@ from leakfree.launch.preflight import place_in_slurm, preflight
 from leakfree.launch.requeue import judge, put_back, time_is_up
 from leakfree.launch.slurm import job_facts
 from leakfree.training import RankError, Stopped, train
+from leakfree.training.stopping import EXIT_STOPPED, listening, received
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
@@ -79,12 +80,11 @@ class Training:
         return max(codes, key=lambda code: (code > 0, -code))  # a failure of ours before a mistake of the user's
 
     def _in_the_background(self) -> NoReturn:
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_DFL)  # submitit lets them pass; during the training they stop it
         try:
-            code = self.here()
+            with listening(to_the_end=True):
+                code = self.here()
         except Stopped as stop:
-            code = 75
+            code = EXIT_STOPPED
             _say(f"leakfree: {stop}")
         except KeyboardInterrupt:
             code = 130
@@ -114,14 +114,12 @@ class _SlurmTask:
         bound = signal.getsignal(signal.SIGUSR2)
         self.handler: Any = getattr(bound, "__self__", None)
         self.rank = self.job.global_rank
-        self.signals: list[str] = []
 
     def run(self) -> NoReturn:
-        for number in (signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(number, self._note)  # until the training takes them, and never inside of a handler
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it before SIGTERM, and submitit tells of it
         try:
-            self._train()
+            with listening(to_the_end=True):  # then no signal reaches what is left to do, scontrol among it
+                self._train()
             code = 0
         except Stopped as stop:
             code = self._stopped(stop)
@@ -144,7 +142,7 @@ class _SlurmTask:
             place,
             cpus_per_task=self.training.cpus_per_task,
             seconds=self.training.preflight_seconds,
-            signals=lambda: list(self.signals),
+            signals=lambda: [received()] if received() else [],
         )
         if self.rank == 0:
             print(*found.lines, sep="\n", flush=True)
@@ -153,13 +151,8 @@ class _SlurmTask:
         os.environ.update(place.environment())
         self.training.start(config)
 
-    def _note(self, number: int, frame: object) -> None:
-        self.signals.append(signal.Signals(number).name)
-
     def _stopped(self, stop: Stopped) -> int:
         """All ranks have saved and are here. Rank 0 speaks for the job; the others go, without a word."""
-        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # also for scontrol, which inherits it
         if self.rank != 0:
             return 0
         _say(f"leakfree: stopped by {stop.signal_name}: {stop.where}")
@@ -172,7 +165,7 @@ class _SlurmTask:
         up = time_is_up(facts, self.training.signal_delay)
         problem = put_back(self.handler, self.job.job_id, time_is_up=up)
         _say(f"leakfree: {problem}" if problem else f"leakfree: job {self.job.job_id} is back in the queue")
-        return 75 if problem else 0
+        return EXIT_STOPPED if problem else 0
 
     def _failed(self, code: int, text: str) -> int:
         """Tell it here, and in the log of rank 0, where people look, unless it is there already."""

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from leakfree.training.stopping import EXIT_STOPPED
+
 __all__ = ["Verdict", "judge", "put_back", "time_is_up"]
 
 # Slurm has put the job back by itself, or will.
@@ -49,14 +51,14 @@ def judge(signal_name: str, facts: Mapping[str, str], restarts: int) -> Verdict:
     if signal_name not in ("SIGTERM", "SIGINT"):
         return Verdict(True, f"{signal_name}: the time limit or a preemption is near")
     if state.startswith("CANCELLED"):
-        return Verdict(False, "cancelled by the user: the job is not requeued", exit_code=75)
+        return Verdict(False, "cancelled by the user: the job is not requeued", exit_code=EXIT_STOPPED)
     if state in _GONE_ON:
         return Verdict(True, f"{signal_name} while Slurm calls the job {state}")
     if not state:
         return Verdict(True, f"{signal_name}, and Slurm does not say why")
     if reason in _REASONS or facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"):
         return Verdict(True, f"{signal_name}: {reason if reason in _REASONS else 'preempted'}")
-    return Verdict(False, "cancelled by the user: the job is not requeued", exit_code=75)
+    return Verdict(False, "cancelled by the user: the job is not requeued", exit_code=EXIT_STOPPED)
 
 
 def put_back(handler: Any, job_id: str, *, time_is_up: bool) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,30 @@ def test_both_train_as_the_command_does(capfd, config_file):
         assert time.monotonic() < end
         time.sleep(0.2)
     assert told < 60
+
+
+def _until(log, text):
+    end = time.monotonic() + 120
+    while not (log.exists() and text in log.read_text()):
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+
+
+def test_a_kill_of_the_background_process_saves_and_resume_goes_on(capfd, config_file):
+    root = config_file.parent
+    line = ["launch", "--config-file", str(config_file), "--log-dir", str(root / "jobs"), "--num-processes", "2"]
+    line += ["schedule.max_steps=400", "trainer.checkpoint_period=1000", "trainer.log_period=1"]
+    assert main([*line, "--launcher", "local"]) == 0
+    facts = json.loads((root / "run" / "launch.json").read_text())
+    log = root / "jobs" / os.path.basename(facts["folder"]) / f"{facts['job_id']}_0_log.out"
+    _until(log, "step: 5/400")
+    os.kill(int(facts["job_id"]), signal.SIGTERM)
+    _until(log, "leakfree: stopped by SIGTERM: step ")
+    assert "Traceback" not in log.read_text()
+    assert len(list((root / "run").glob("checkpoint_*.pt"))) == 1
+    capfd.readouterr()
+    assert main([*line, "--launcher", "debug"]) == 2
+    assert "add --resume" in capfd.readouterr().err
 
 
 def test_several_runs_go_on_after_one_that_fails_and_the_exit_code_tells(capfd, config_file):
