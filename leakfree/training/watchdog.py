@@ -51,7 +51,7 @@ class RankError(RuntimeError):
 # ----------------------------------------------------------------------------- what a rank calls
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class _Mark:
     what: str
     slow: bool
