@@ -1,5 +1,8 @@
 """What is kept of a model's state, and what is loaded into it."""
 
+import os
+import zipfile
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from leakfree.state import (
     load_weights,
     modes_kept,
     random_numbers_kept,
+    read_torch_file,
 )
 
 
@@ -123,3 +127,49 @@ def test_what_a_norm_remembers_for_its_training_is_no_hindrance_to_another(name,
     torch.save(gated.state_dict(), tmp_path / "b")
     with pytest.raises(CheckpointError, match=r"has left over 1\.gate_weight, 1\.gate_bias \(2\)"):
         load_weights(target, str(tmp_path / "b"))
+
+
+# ------------------------------------------------------------------------------- files that cannot be trusted
+
+
+def test_a_flipped_bit_in_weights_is_seen(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(make_model().state_dict(), path)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        member = next(item for item in file.infolist() if item.filename.endswith("data/0"))
+    data[member.header_offset + 30 + len(member.filename) + 64] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"weights\.pt: cannot be read as a checkpoint: .*data/0"):
+        load_weights(make_model(), str(path))
+
+
+def test_a_few_bytes_that_would_fill_the_memory_are_refused(tmp_path):
+    sound, path = tmp_path / "sound.pt", tmp_path / "bomb.pt"
+    torch.save({"a": torch.zeros(4)}, sound)
+    with zipfile.ZipFile(sound) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for item in old.infolist():
+            new.writestr(item.filename, bytes(1 << 24) if item.filename.endswith("data/0") else old.read(item))
+    with pytest.raises(CheckpointError, match="its members are larger than the file"):
+        read_torch_file(path)
+
+
+@pytest.mark.parametrize("name", ["pipe", "folder", "loop", "empty"])
+def test_what_is_no_file_of_torch_is_one_line_and_nobody_waits(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "empty").touch()
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read as a checkpoint: ."):
+        read_torch_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_weights_of_a_kind_that_cannot_be_copied_are_one_line(tmp_path, kind):
+    state = make_model().state_dict()
+    value = state["0.weight"]
+    state["0.weight"] = value.to("meta") if kind == "meta" else value.to_sparse()
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"weights\.pt: .*0\.weight") as caught:
+        load_weights(make_model(), str(tmp_path / "weights.pt"))
+    assert "\n" not in str(caught.value)

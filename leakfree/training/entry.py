@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeGuard
 
 from torch import Tensor
@@ -48,7 +47,7 @@ def _is_whole(value: Any) -> TypeGuard[int]:
 
 
 def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    return type(value) in (int, float) and 0 <= value < 1e15
 
 
 def _is_freezing(state: dict[str, Any]) -> bool:

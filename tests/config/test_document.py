@@ -104,3 +104,14 @@ def test_any_text_gives_data_or_a_config_error(text):
         message = str(error)
     assert message.startswith("a.yaml:")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("digits", ["9" * 5000, "0x" + "f" * 5000, "1" + "_" * 5000 + "1" * 500])
+def test_an_integer_of_thousands_of_digits_is_one_line(digits):
+    with pytest.raises(ConfigError, match=r"^a\.yaml:1:7: not valid YAML: an integer of \d+ digits is too large"):
+        parse_yaml(f"seed: {digits}", "a.yaml")
+
+
+@pytest.mark.parametrize(("text", "value"), [("+12", 12), ("-1_000", -1000), ("0x1F", 31), ("-0x10", -16), ("0", 0)])
+def test_integers_keep_their_value(text, value):
+    assert parse_yaml(text, "a.yaml")[0] == value

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -277,3 +278,23 @@ def test_configs_load_without_torch():
     code = "import sys, leakfree.config; print([name for name in ('torch', 'lightning') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["pipe", "loop", "x" * 5000, "a/" * 3000, "/dev/zero"])
+def test_what_is_no_file_is_one_line_and_nobody_waits(folder, name):
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError):
+        load_config(folder / name)
+    assert "_BASE_" in problem_of(f"_BASE_: {name}\n")
+
+
+def test_text_that_no_file_can_hold_is_refused(folder):
+    for text in ("a\\0b", "\\ud800"):
+        assert "a character that no file can hold" in problem_of(f'_BASE_: base.yaml\noutput_dir: "{text}"\n')
+    assert problem_of('_BASE_: "a\\0b"\n').startswith("run.yaml:1: _BASE_")
+
+
+def test_an_integer_that_libraries_cannot_take_names_the_limit(folder):
+    said = problem_of("_BASE_: base.yaml\n", "schedule.max_steps=3000000000")
+    assert said == "command line: schedule.max_steps: must be at most 2147483647, got 3000000000"

@@ -54,3 +54,11 @@ def test_a_section_and_a_circle_are_refused():
         resolve("${model}")
     with pytest.raises(ConfigError, match=r"^a\.yaml:new: new: Recursive"):
         resolve("${new}")
+
+
+def test_references_that_multiply_are_refused_before_they_are_put_in():
+    laughs = {"a0": "lol"} | {f"a{level}": "${a%d}" % (level - 1) * 9 for level in range(1, 60)}  # noqa: UP031
+    with pytest.raises(ConfigError, match=r"^a\.yaml:a\d+: a\d+: its references stand for \d+ characters; at most"):
+        resolve_references(laughs, lambda key: f"a.yaml:{key}")
+    few = resolve_references(dict(list(laughs.items())[:4]), str)
+    assert few["a3"] == "lol" * 9**3

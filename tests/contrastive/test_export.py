@@ -36,6 +36,10 @@ def checkpoint_of(make_config: MakeConfig, *overrides: str) -> tuple[dict[str, A
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+MODEL = {"backbone": "resnet18", "query": "bn", "stem": "imagenet", "norm_options": {}}
+GOOD = {"task": "contrastive", "model": MODEL}
+
+
 def features(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model.double().eval()(IMAGES)
@@ -198,8 +202,27 @@ def test_the_command_exports_a_run_and_tells_mistakes(
         ([str(tmp_path), "--format", "timm", "-o", "x.pt"], "the folder holds no checkpoint of a run"),
         (["nowhere.pt", "--format", "timm", "-o", "x.pt"], "nowhere.pt: cannot be read as a checkpoint"),
         ([str(output), "--format", "timm", "-o", "x.pt"], f"{output}: not written by a leakfree training"),
+        ([run, "--format", "torchvision", "-o", str(tmp_path)], f"output: {tmp_path} is a folder; give a file"),
     ):
         said = exported(*argv)
         assert words in said, said
         assert said.count("\n") == 1
     assert not Path("x.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "words"),
+    [
+        ({"leakfree": 3}, "holds no config"),
+        ({"leakfree": {"config": []}}, "holds no config"),
+        ({"leakfree": {"config": {"task": "contrastive"}}}, "its config is damaged: model.backbone"),
+        ({"leakfree": {"config": {"task": "contrastive", "model": {"backbone": "small", "query": 3}}}}, "model.query"),
+        ({"leakfree": {"config": GOOD}}, "no state dict of tensors"),
+        ({"leakfree": {"config": GOOD}, "state_dict": {"model.query.backbone.a": 3}}, "no state dict of tensors"),
+        ({"leakfree": {"config": GOOD}, "state_dict": {"a": torch.zeros(2, device="meta")}}, "of another kind"),
+    ],
+)
+def test_a_checkpoint_of_other_content_is_one_line(checkpoint, words):
+    with pytest.raises(CheckpointError, match=words) as caught:
+        export_backbone(checkpoint, "torchvision")
+    assert "\n" not in str(caught.value)

@@ -240,3 +240,29 @@ def test_a_file_cannot_change_what_reads_it(tmp_path):
     fails(tmp_path, "test_batch: broken file", split="val")
     (folder / "test_batch").write_bytes(python2(part(np.random.default_rng(0), 4, 10, "labels")))
     assert len(build_images(config(tmp_path), "val")) == 4
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        # a key whose hash takes 2**60 steps: a tuple of a tuple twice, and so on
+        b"\x80\x02}()" + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(60)) + b"K\x01u.",
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # a table of 2**31 places
+    ],
+)
+def test_a_few_bytes_that_would_take_for_ever_are_refused(tmp_path, hostile):
+    folder = tmp_path / FOLDERS["cifar10"]
+    folder.mkdir()
+    (folder / "batches.meta").write_bytes(hostile)
+    part = ImagesConfig(name="cifar10", path=str(tmp_path))
+    with pytest.raises(DataError, match=r"batches\.meta: broken file: it has (TUPLE2|LONG_BINPUT) in a way"):
+        build_images(ClassificationDataConfig(train=part, val=part), "train")
+
+
+def test_a_pipe_is_no_file_of_cifar(tmp_path):
+    folder = tmp_path / FOLDERS["cifar10"]
+    folder.mkdir()
+    os.mkfifo(folder / "batches.meta")
+    part = ImagesConfig(name="cifar10", path=str(tmp_path))
+    with pytest.raises(DataError, match="it is no regular file"):
+        build_images(ClassificationDataConfig(train=part, val=part), "train")

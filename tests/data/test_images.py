@@ -1,4 +1,6 @@
 import contextlib
+import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -84,3 +86,17 @@ def test_float_pixels_and_missing_files_are_named(tmp_path):
         read_image(tmp_path / "a.tiff")
     with pytest.raises(DataError, match=r"b\.png: no such image file"):
         read_image(tmp_path / "b.png")
+
+
+def test_a_pipe_is_no_image_and_nobody_waits_for_a_writer(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: broken image file: no regular file"):
+        read_image(tmp_path / "a.png")
+
+
+def test_no_program_is_started_for_postscript(tmp_path, monkeypatch):
+    """Pillow would have Ghostscript run it."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\nshowpage\n")
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail(f"started {args}"))
+    with pytest.raises(DataError, match="broken image file"):
+        read_image(tmp_path / "a.png")

@@ -2,11 +2,13 @@
 
 import collections
 import itertools
+import os
 import typing
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -200,6 +202,29 @@ def test_a_folder_that_holds_no_classes_is_told_by_key(folder, change, words):
         build_images(config, "train")
     assert "\n" not in str(caught.value)
     assert "data.train.path" in str(caught.value)
+
+
+def test_images_are_those_of_torchvision_in_its_order(folder):
+    (folder / "train/dog/b.png").mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "train/dog/b.png/1.PNG")
+    Image.new("RGB", (9, 9)).save(folder / "train/cat/.hidden.webp")
+    (folder / "train/cat/a.txt").write_text("no image")
+    (folder / "train/linked").symlink_to(folder / "val/cat")
+    Image.new("RGB", (9, 9)).save(folder / "train/beside.png")
+    expected = torchvision.datasets.ImageFolder(str(folder / "train"))
+    images = build_images(folder_config(folder), "train")
+    assert [os.fsdecode(path) for path in images.read.paths] == [path for path, _ in expected.samples]
+    assert images.labels.tolist() == expected.targets
+    assert images.classes == expected.classes
+
+
+def test_links_that_go_round_are_followed_once(folder):
+    """torchvision follows them 2**40 times."""
+    for split in ("cat", "dog"):
+        for other in ("cat", "dog"):
+            (folder / "train" / split / f"to_{other}").symlink_to(folder / "train" / other)
+    images = build_images(folder_config(folder), "train")
+    assert len(images) == 2 * (3 + 2)  # of each class its own, and those of the other
 
 
 # ------------------------------------------------------------------------------------- composition
