@@ -7,7 +7,7 @@ checkpoints nor evaluations during training change what comes after.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,8 @@ from leakfree.distributed import all_gather_ints, all_gather_objects, is_distrib
 from leakfree.state import buffers_kept
 
 __all__ = ["differing_buffers", "pool_statistics", "pooled_statistics", "share_buffers"]
+
+_POOLED = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @torch.no_grad()
@@ -79,17 +81,17 @@ def share_buffers(model: nn.Module) -> None:
 def differing_buffers(model: nn.Module) -> list[dict[str, Tensor]]:
     """For each rank, its buffers where they are not on all ranks what :func:`share_buffers` would make of them; every
     rank calls it and gets all."""
-    buffers = {name: buffer.detach().cpu().contiguous().clone() for name, buffer in model.named_buffers()}
+    buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in model.named_buffers()}
+    sums = [zlib.crc32(buffer.reshape(-1).view(torch.uint8).numpy().tobytes()) for buffer in buffers.values()]
+    own = {name: value.clone() for name, value in model.named_buffers() if name.rpartition(".")[2] in _POOLED}
     with pooled_statistics(model):  # a mean of equal numbers may be another one
-        pooled = _sums(buffer.detach().cpu() for buffer in model.buffers())
-    everyone = all_gather_ints([*_sums(buffers.values()), *pooled]) if buffers else [[]]
+        changed = {name for name, value in model.named_buffers() if name in own and not torch.equal(value, own[name])}
+    facts = [number for name, of in zip(buffers, sums, strict=True) for number in (of, name in changed)]
+    everyone = all_gather_ints(facts) if facts else [[]]
+    columns = list(zip(*everyone, strict=True))
     differ = [
         name
-        for index, name in enumerate(buffers)
-        if len({sums[place] for sums in everyone for place in (index, index + len(buffers))}) > 1
+        for name, sums_of, changes in zip(buffers, columns[::2], columns[1::2], strict=True)
+        if len(set(sums_of)) > 1 or any(changes)
     ]
-    return all_gather_objects({name: buffers[name] for name in differ})
-
-
-def _sums(tensors: Iterable[Tensor]) -> list[int]:
-    return [zlib.crc32(item.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for item in tensors]
+    return all_gather_objects({name: buffers[name].clone() for name in differ})
