@@ -327,10 +327,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in names if name not in CASES]
     if unknown:
         parser.error(f"no case {unknown[0]!r}")
-    bad = 0
+    bad = skipped = 0
     for name in names:
         if CASES[name].gpu and torch.cuda.device_count() < CASES[name].world_size:
             print(f"{name}: skipped, needs {CASES[name].world_size} GPUs", flush=True)
+            skipped += 1
             continue
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
@@ -341,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {f'{len(found)} differences' if found else 'exact'} ({time.perf_counter() - began:.1f} s)")
         print(*(f"    {line}" for line in found[:12]), *(["    ..."] if len(found) > 12 else []), sep="\n", flush=True)
         bad += bool(found)
-    print(f"{len(names) - bad} of {len(names)} exact")
+    print(f"{len(names) - bad - skipped} of {len(names)} exact, {skipped} skipped")
     return 1 if bad else 0
 
 

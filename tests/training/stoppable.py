@@ -54,7 +54,7 @@ def _struck(batches, moment):
 
 def _arm():
     """Wrap what happens at the moment; in the ranks, which import this file too."""
-    from leakfree.training import callbacks
+    from leakfree.training import saving
     from leakfree.training.detection import DetectionTask
     from leakfree.training.module import TrainingModule
 
@@ -76,7 +76,7 @@ def _arm():
     wrap(DetectionTask, "__init__", after=lambda _: strike("loading"))
     wrap(TrainingModule, "training_step", after=lambda module: strike(f"forward {module.global_step + 1}"))
     wrap(TrainingModule, "optimizer_step", after=lambda module: strike(f"update {module.global_step + 1}"))
-    real_write = callbacks.write_checkpoint
+    real_write = saving.write_checkpoint
 
     def write(content, path):
         steps["done"] = content["global_step"]
@@ -84,7 +84,7 @@ def _arm():
         real_write(content, path)
         strike(f"save {steps['done']}")
 
-    callbacks.write_checkpoint = write
+    saving.write_checkpoint = write
     for name, moment in (("validate", "validation"), ("evaluate", "evaluation")):
         real = getattr(DetectionTask, name)
 

@@ -1,4 +1,4 @@
-"""N steps equal k + (N - k) bit for bit, at every k. All of it: ``python -m tests.training.exact_resume --all``."""
+"""N steps equal k + (N - k) bit for bit, at every k. All cases: ``python -m tests.training.exact_resume --all``."""
 
 import pytest
 import torch
