@@ -7,7 +7,7 @@ checkpoints nor evaluations during training change what comes after.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
