@@ -59,11 +59,13 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, own: bool | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
         argv: the command line after the program's name; by default this process's own.
+        own: this process ends with the command: after a training or evaluation it ignores SIGUSR2 and SIGTERM, so that
+            its exit code stands. By default so where ``argv`` is not given.
 
     Returns:
         0 done, 1 a rank failed (named, with its traceback), 2 the user's mistake (one line on stderr),
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 interrupted from the keyboard. Another failure of ours keeps its traceback, and Python exits with 1.
     """
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv), own=argv is None)
+        return _run(list(sys.argv[1:] if argv is None else argv), argv is None if own is None else own)
     except LeakfreeError as error:
         print("leakfree: error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
@@ -87,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str], own: bool) -> int:
-    """``own``: the command line is this process's, which ends with the command."""
     parsers = _parsers()
     name, rest = _split_command(argv, parsers)
     if name is None:
