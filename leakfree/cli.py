@@ -78,11 +78,13 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, own: bool | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
         argv: the command line after the program's name; by default this process's own.
+        own: this process ends with the command: after a training or evaluation it ignores SIGUSR2 and SIGTERM, so that
+            its exit code stands. By default so where ``argv`` is not given.
 
     Returns:
         0 done, 1 a rank failed (named, with its traceback), 2 the user's mistake (one line on stderr),
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of folders and texts of records may be no text
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv), own=argv is None)
+        return _run(list(sys.argv[1:] if argv is None else argv), argv is None if own is None else own)
     except LeakfreeError as error:
         print("leakfree: error:", one_line(error), file=sys.stderr)
         return 2
@@ -108,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str], own: bool) -> int:
-    """``own``: the command line is this process's, which ends with the command."""
     if odd := next((word for word in argv if "\0" in word), None):
         raise UsageError(f"the argument {odd!r} has a NUL character, which no name can have")
     parsers = _parsers()

@@ -6,4 +6,4 @@ import sys
 from leakfree.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(main(["train", *sys.argv[1:]], own=True))
