@@ -43,14 +43,15 @@ def checkpoint_name(step: int) -> str:
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, newest first; that of the finished training before all others."""
     folder = Path(folder)
-    names = ((path, _NAME.match(path.name)) for path in folder.glob("checkpoint_*.pt"))
-    steps = {path: int(match[1]) for path, match in names if match and path.is_file()}  # not a folder, not a pipe
+    steps = {path: int(match[1]) for path in folder.glob("checkpoint_*.pt") if (match := _NAME.match(path.name))}
     final = [folder / FINAL] if (folder / FINAL).is_file() else []
     return final + sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 def damage(path: str | os.PathLike[str]) -> str:
     """What is wrong with a checkpoint file; "" if it is whole."""
+    if not os.path.isfile(path):  # opening a pipe would wait for a writer
+        return "no regular file"
     try:
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()
@@ -127,7 +128,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def remove_old(folder: str | os.PathLike[str], keep: int) -> None:
     """Keep the newest ``keep`` periodic checkpoints; the final one is not counted and stays."""
-    periodic = [path for path in list_checkpoints(folder) if path.name != FINAL]
+    periodic = [path for path in list_checkpoints(folder) if path.name != FINAL and path.is_file()]
     for path in periodic[keep:]:
         path.unlink(missing_ok=True)
 

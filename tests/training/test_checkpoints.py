@@ -127,3 +127,24 @@ def test_a_file_of_another_kind_is_refused_without_advice_to_run_it(tmp_path):
         with pytest.raises(CheckpointError, match=r"cannot be read as a checkpoint: .") as caught:
             read(path)
         assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing", "link to itself"])
+def test_what_is_no_file_is_a_damaged_checkpoint_and_stays(tmp_path, kind):
+    write_checkpoint(content(1), tmp_path / checkpoint_name(1))
+    odd = tmp_path / checkpoint_name(2)
+    if kind == "folder":
+        odd.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to(odd.name if kind == "link to itself" else "nothing")
+    path, (notice,) = newest_valid(tmp_path)
+    assert path == tmp_path / checkpoint_name(1)
+    assert f"{odd} is damaged (no regular file)" in notice
+    remove_old(tmp_path, 1)
+    assert path.is_file()
+    assert os.path.lexists(odd)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):  # and no start from the beginning
+        newest_valid(tmp_path)
