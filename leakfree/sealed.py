@@ -83,6 +83,8 @@ def _seal(file: BinaryIO) -> None:
 
 def damage(path: str | os.PathLike[str]) -> str:
     """What is wrong with a checkpoint file; "" if it is whole."""
+    if not os.path.isfile(path):  # opening a pipe would wait for a writer
+        return "no regular file"
     try:
         with open(path, "rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)

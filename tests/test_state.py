@@ -140,7 +140,7 @@ def test_a_flipped_bit_in_weights_is_seen(tmp_path):
         member = next(item for item in file.infolist() if item.filename.endswith("data/0"))
     data[member.header_offset + 30 + len(member.filename) + 64] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"weights\.pt: cannot be read as a checkpoint: .*data/0"):
+    with pytest.raises(CheckpointError, match=r"weights\.pt.*data/0"):
         load_weights(make_model(), str(path))
 
 

@@ -11,6 +11,7 @@ from leakfree.errors import ConfigError
 __all__ = ["COMMAND_LINE", "nest", "parse_override"]
 
 COMMAND_LINE = "command line"
+_DEEPEST = 20  # dots in a key
 _YAML_STARTS = "\"'[{"
 
 
@@ -27,6 +28,8 @@ def parse_override(text: str, schema: type) -> tuple[str, Any]:
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not key:
         raise ConfigError(f"{COMMAND_LINE}: got {text!r}, expects key.path=value, like optimizer.lr=0.01")
+    if key.count(".") > _DEEPEST:
+        raise ConfigError(f"{COMMAND_LINE}: {key}: unknown key: none has more than {_DEEPEST} dots")
     takes_text = field_kind(schema, key) is str
     if not value or (takes_text and value[0] not in _YAML_STARTS and value not in ("null", "~")):
         return key, value

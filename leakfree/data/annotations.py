@@ -246,6 +246,9 @@ def _check_box(bbox: Any, height: int, width: int) -> tuple[tuple[float, float, 
     clipped = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
     if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
         raise _Fault("box_outside", f"box {bbox} is outside the image ({width} x {height})")
+    for low, high, side in ((clipped[0], clipped[2], width), (clipped[1], clipped[3], height)):
+        if high - low < 4 * np.spacing(np.float32(side)):  # what is left of it once it is scaled and flipped as float32
+            raise _Fault("box_no_area", f"box {bbox} has no area inside the image ({width} x {height})")
     return clipped, max(-x, -y, x + w - width, y + h - height)
 
 

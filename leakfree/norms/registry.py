@@ -97,8 +97,11 @@ def check_options(name: str, options: dict[str, Any], key: str) -> None:
         key: the config section that holds ``norm_options``, for messages.
 
     Raises:
-        ConfigError: an option of another type; names its key.
+        ConfigError: an option of another type, or an argument that is none; names its key.
     """
+    for option in ("name", "num_features", "dim"):
+        if option in options:
+            raise ConfigError(f"{key}.norm_options.{option}: is no option: the model says it to each norm")
     for option, problem in option_problems(NORMS.get(name), options):
         raise ConfigError(f"{key}.norm_options.{option}: {problem} (norm {name})")
 

@@ -27,8 +27,7 @@ def checkpoint_name(step: int) -> str:
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, newest first; that of the finished training before all others."""
     folder = Path(folder)
-    names = ((path, _NAME.match(path.name)) for path in folder.glob("checkpoint_*.pt"))
-    steps = {path: int(match[1]) for path, match in names if match and path.is_file()}  # not a folder, not a pipe
+    steps = {path: int(match[1]) for path in folder.glob("checkpoint_*.pt") if (match := _NAME.match(path.name))}
     final = [folder / FINAL] if (folder / FINAL).is_file() else []
     return final + sorted(steps, key=lambda path: steps[path], reverse=True)
 
@@ -73,7 +72,7 @@ class Shelf:
         """
         write_atomic(self.folder / "last_checkpoint", path.name + "\n")
         self._whole[path] = _marks(path)
-        periodic = [item for item in list_checkpoints(self.folder) if item.name != FINAL]
+        periodic = [item for item in list_checkpoints(self.folder) if item.name != FINAL and item.is_file()]
         kept = 0
         for item in periodic:
             if kept == self.keep:

@@ -55,3 +55,8 @@ def test_a_broken_value_names_its_key():
 
 def test_nest_puts_a_value_under_its_dotted_key():
     assert nest("a.b.c", [1]) == {"a": {"b": {"c": [1]}}}
+
+
+def test_a_key_of_thousands_of_dots_is_one_line():
+    with pytest.raises(ConfigError, match="unknown key: none has more than 20 dots"):
+        parse_override("model.norm_options." + "a." * 3000 + "b=1", DetectionRunConfig)

@@ -154,7 +154,7 @@ def output_dir(rng: random.Random, place: Place) -> Case:
     else:
         line = ["train", "--config-file", str(_written(place, f"{text}\noutput_dir: {_yaml(folder)}\n")), *SHORT]
     sound = str(elsewhere) in folder or "elsewhere" in folder
-    writes = (str(elsewhere), str(place.sandbox / "cwd"))
+    writes = (str(elsewhere), str(place.sandbox / "cwd"), str(taken), "/proc")
     return Case(f"output_dir {folder!r:.40}", line, codes=(0, 2) if sound else (2,), writes=writes)
 
 
@@ -241,7 +241,8 @@ def bases(rng: random.Random, place: Place) -> Case:
         [
             "config.yaml", "other.yaml", "./../inputs/config.yaml", "nothing.yaml", ".", "..", "/dev/null/x",
             "/etc/passwd",
-            "/dev/zero", str(place.secret), ["config.yaml"], [["other.yaml"]], {"a": 1}, 3, None, True, "", "a\0b",
+            "/dev/zero", str(place.made / "images/cat/0.png"), ["config.yaml"], [["other.yaml"]], {"a": 1}, 3, None,
+            True, "", "a\0b",
             "x" * 5000, deep, "~nobody_here/x.yaml", "\ud800", "*", "http://localhost:1/x.yaml", [""] * 3,
         ]
     )  # fmt: skip
@@ -332,7 +333,8 @@ def a_config_file(rng: random.Random, place: Place) -> Case:
     gone.symlink_to(place.inputs / "nothing")
     path = rng.choice(
         [
-            pipe, loop, gone, place.inputs, place.secret, "/dev/null/x", "/dev/zero", "", "x" * 5000, "a\0b",
+            pipe, loop, gone, place.inputs, place.made / "images/cat/0.png", "/dev/null/x", "/dev/zero", "",
+            "x" * 5000, "a\0b",
             "\udcff", ".",
             "-", "/proc/self/mem", f"{place.secret}/x", "~", "\n", "config.yaml\nleakfree: done",
             place.inputs / ("x/" * 3000),
@@ -393,7 +395,7 @@ def a_long_line_of_another_command(rng: random.Random, place: Place) -> Case:
             ["--config-file=x"],
         ]
     )  # fmt: skip
-    return Case(f"line {' '.join(line)!r:.50}", line, writes=(str(place.sandbox / "cwd"),))
+    return Case(f"line {' '.join(line)!r:.50}", line, writes=(str(place.sandbox / "cwd"), str(place.secret), "/proc"))
 
 
 MAKERS: list[Make] = [

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 _MEMORY = 3 << 30  # bytes of address space that cases may take beyond what the libraries hold
 _PROGRAMS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn", "os.startfile")
+# Of these, those of a link are of itself, and not of what it leads to.
 _CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "os.chmod")
 _CONNECTIONS = ("socket.connect", "socket.bind")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -51,12 +52,14 @@ class Watch:
                 self._changed(event, args[1])
 
     def _changed(self, event: str, path: Any, folder: Any = -1) -> None:
-        real = self._real(path, folder)
+        real = self._real(path, folder, follow=event in ("open", "os.truncate", "os.chmod"))
+        if event == "os.mkdir" and os.path.lexists(real):
+            return  # which fails, and so is how one asks whether there is a folder
         inside = any(real == allowed or real.startswith(allowed + os.sep) for allowed in self.writes)
         if real and not inside:
             self._note(f"{event}: {real}")
 
-    def _real(self, path: Any, folder: Any = -1) -> str:
+    def _real(self, path: Any, folder: Any = -1, *, follow: bool = True) -> str:
         if isinstance(path, int) or path is None:  # a file that was opened before
             return ""
         text = os.fsdecode(path)
@@ -66,7 +69,10 @@ class Watch:
             return ""
         armed, self.armed = self.armed, False
         try:
-            return os.path.realpath(text)
+            if follow:
+                return os.path.realpath(text)
+            parent, name = os.path.split(text.rstrip(os.sep))
+            return os.path.join(os.path.realpath(parent), name)
         finally:
             self.armed = armed
 

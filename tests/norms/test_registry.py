@@ -139,3 +139,9 @@ def test_options_of_a_users_norm_are_of_the_types_it_names():
             build_norm("TestNorm", 3, gain="x")
     finally:
         NORMS._obj_map.pop("TestNorm")
+
+
+@pytest.mark.parametrize("option", ["name", "num_features", "dim"])
+def test_what_the_model_says_to_each_norm_is_no_option(option):
+    with pytest.raises(ConfigError, match=rf"^model\.norm_options\.{option}: is no option"):
+        norm_layer("BN", {option: 3}, "model")

@@ -477,3 +477,24 @@ def _wait_on_ranks(rank, world_size, folder):
 
 def test_every_rank_learns_that_a_checkpoint_is_not_on_disk(tmp_path):
     assert run_ranks(_wait_on_ranks, 2, str(tmp_path)) == ["no room", "no room"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing", "link to itself"])
+def test_what_is_no_file_is_a_damaged_checkpoint_and_stays(tmp_path, kind):
+    write_checkpoint(content(1), tmp_path / checkpoint_name(1))
+    odd = tmp_path / checkpoint_name(2)
+    if kind == "folder":
+        odd.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to(odd.name if kind == "link to itself" else "nothing")
+    path, (notice,) = newest_valid(tmp_path)
+    assert path == tmp_path / checkpoint_name(1)
+    assert f"{odd} is damaged (no regular file)" in notice
+    Shelf(tmp_path, 1).put(path)
+    assert path.is_file()
+    assert os.path.lexists(odd)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):  # and no start from the beginning
+        newest_valid(tmp_path)
