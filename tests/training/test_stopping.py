@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,47 +152,41 @@ def test_the_process_that_watches_hands_a_signal_on_to_the_ranks(config_file, tm
     assert f"stopped by SIGTERM: step {int(newest.stem[-7:])} of 100000 is saved" in errors.decode()
 
 
+@pytest.mark.slow
 def test_ranks_of_a_launcher_all_raise_stopped(config_file, tmp_path, whole_of_two, read_rows):
     folder = tmp_path / "run"
     moments = ["forward 3|rank 1|SIGTERM", "evaluation|rank 1|SIGUSR2", ""]
     for moment, where in zip(moments, ["step 3 of 10", "step 10 of 10", ""], strict=True):
-        with _free_port() as port:
-            ranks = [
-                subprocess.Popen(
-                    _command(config_file, folder, "trainer.num_processes=2"),
-                    env=_environment(
-                        STRIKE=moment,
-                        JOINED="1",
-                        RANK=str(rank),
-                        WORLD_SIZE="2",
-                        LOCAL_WORLD_SIZE="2",
-                        MASTER_ADDR="127.0.0.1",
-                        MASTER_PORT=str(port),
-                    ),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                for rank in range(2)
-            ]
+        port = _free_port()
+        ranks = [
+            subprocess.Popen(
+                _command(config_file, folder, "trainer.num_processes=2"),
+                env=_environment(
+                    STRIKE=moment,
+                    JOINED="1",
+                    RANK=str(rank),
+                    WORLD_SIZE="2",
+                    LOCAL_WORLD_SIZE="2",
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                ),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
         errors = [rank.communicate(timeout=240)[1] for rank in ranks]
         assert [rank.returncode for rank in ranks] == ([75, 75] if where else [0, 0]), errors
         assert all(where in text for text in errors)
     assert_whole(folder, whole_of_two, read_rows)
 
 
-class _free_port:
+def _free_port():
     """A port that was free a moment ago."""
-
-    def __enter__(self):
-        import socket
-
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            return one.getsockname()[1]
-
-    def __exit__(self, *_):
-        pass
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 # ------------------------------------------------------------------------------------------ the parts
