@@ -34,7 +34,9 @@ def training_entry(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
         "world_size": _is_whole(entry.get("world_size")) and entry["world_size"] > 0,
         "config": isinstance(entry.get("config"), dict),
         "freeze_bn": isinstance(frozen, dict) and _is_freezing(frozen),
-        "rank_buffers": isinstance(entry.get("rank_buffers"), list) and all(map(_are_buffers, entry["rank_buffers"])),
+        "rank_buffers": isinstance(entry.get("rank_buffers"), list)
+        and len(entry["rank_buffers"]) == entry.get("world_size")
+        and all(map(_are_buffers, entry["rank_buffers"])),
     }
     for key, whether in sound.items():
         if not whether:

@@ -59,7 +59,7 @@ def _other_shape(content):
         (lambda content: content.update(lr_schedulers=[None]), "cannot be continued from: "),
         (lambda content: content["leakfree"].update(freeze_bn=None), "leakfree.freeze_bn is missing"),
         (lambda content: content["leakfree"].update(rank_buffers=[{"model.nobody": torch.zeros(1)}]), "continued from"),
-        (lambda content: content["leakfree"].update(rank_buffers=[{}, {}]), "buffers of 2 ranks, not of 1"),
+        (lambda content: content["leakfree"].update(rank_buffers=[{}, {}]), "leakfree.rank_buffers is missing"),
     ],
 )
 def test_a_whole_checkpoint_of_other_content_is_one_line_that_names_it(make_config, tmp_path, damage, words):
