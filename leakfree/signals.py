@@ -14,6 +14,7 @@ from contextlib import contextmanager
 __all__ = ["STOP_SIGNALS", "held_back", "outlast_signals"]
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+_LOOK_AFTER = 5.0  # seconds between two looks whether the parent lives
 
 
 @contextmanager
@@ -29,20 +30,22 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def outlast_signals(_worker: int = 0) -> None:
-    """In a process that works for another: from now on only that one ends it, by SIGTERM.
+def outlast_signals(_worker: int = 0, *, parent: int) -> None:
+    """In a process that works for another, ``parent``: from now on only that one ends it, by SIGTERM or by its death.
 
     Without it a loader's process dies of a signal to the whole job, and with it the rank before it has saved. It is not
     enough to ignore SIGTERM: a process that hangs could then not be ended, and would keep the rank from its end.
+    And torch's loaders remember as their parent whom they have when they are up: if that one was killed while they
+    started, they would wait for orders for ever.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    parent = os.getppid()
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where they wait for ever
+    if hasattr(signal, "sigtimedwait"):  # not on macOS, where signals wait for ever
         threading.Thread(target=_end_for, args=(parent,), name="signals", daemon=True).start()
 
 
 def _end_for(parent: int) -> None:
-    while True:
-        found = signal.sigwaitinfo(STOP_SIGNALS)
-        if found.si_signo == signal.SIGTERM and found.si_pid == parent:
-            os._exit(0)  # as torch's own handler: another code would be reported as a failure
+    while os.getppid() == parent:
+        found = signal.sigtimedwait(STOP_SIGNALS, _LOOK_AFTER)
+        if found is not None and found.si_signo == signal.SIGTERM and found.si_pid == parent:
+            break
+    os._exit(0)  # as torch's own handler: another code would be reported as a failure

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ class Loader(DataLoader[Any]):
             # Its own: a loader otherwise draws a seed for its processes from the global generator at each start, and a
             # resumed run would differ from an uninterrupted one in everything random after it.
             generator=torch.Generator().manual_seed(0),
-            worker_init_fn=outlast_signals,
+            worker_init_fn=partial(outlast_signals, parent=os.getpid()),
             **options,
         )
 

@@ -245,7 +245,7 @@ class Chaos:
         for pid, parent in sorted(parents.items()):
             if pid == supervisor:
                 kind = "supervisor"
-            elif "resource_tracker" in _command(pid):
+            elif "resource_tracker import main" in _command(pid):
                 continue  # Python's own helper: it only removes what others leave
             else:
                 kind = "rank" if parent == supervisor else "loader"

@@ -302,6 +302,31 @@ def test_loader_processes_outlast_signals_and_end_with_their_parent(tmp_path):
         time.sleep(0.05)
 
 
+STARTING = """
+import os, sys, time
+from tests.training.test_stopping import _Pids
+from leakfree.data import Loader
+
+if __name__ == "__main__":
+    os.register_at_fork(after_in_child=lambda: (print(os.getpid(), flush=True), time.sleep(1)))
+    loader = iter(Loader(_Pids(), num_workers=2))
+    sys.stdin.readline()
+"""
+
+
+def test_loader_processes_whose_parent_is_killed_while_they_start_end_too():
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTING], env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    process.communicate(timeout=10)
+    deadline = time.monotonic() + 15
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, [pid for pid in pids if _runs(pid)]
+        time.sleep(0.05)
+
+
 def test_a_loader_process_that_hangs_is_ended_by_its_parent():
     loader = iter(Loader(_Pids(), num_workers=1, persistent_workers=True))
     next(loader)
