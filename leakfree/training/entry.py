@@ -35,7 +35,8 @@ def training_entry(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
         "config": isinstance(entry.get("config"), dict),
         "freeze_bn": isinstance(frozen, dict) and _is_freezing(frozen),
         "rank_buffers": isinstance(entry.get("rank_buffers"), list)
-        and len(entry["rank_buffers"]) == entry.get("world_size")
+        and _is_whole(entry.get("world_size"))
+        and len(entry["rank_buffers"]) == entry["world_size"]
         and all(map(_are_buffers, entry["rank_buffers"])),
     }
     for key, whether in sound.items():
