@@ -3,7 +3,8 @@
 Hypothesis draws the same examples at each run, so that a failure in CI is one that can be repeated; look further with
 `pytest --hypothesis-profile=default`. Single examples may be slow by chance: they have no deadline.
 
-`slow` tests run by default; leave them out with `pytest -m "not slow"`.
+`slow` tests run by default; leave them out with `pytest -m "not slow"`. `long` ones, whose point a shorter test makes
+too, only run with `pytest --long`.
 """
 
 import os
@@ -26,7 +27,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked long, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: runs with --long"))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return

@@ -6,6 +6,7 @@ is left running.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -162,7 +163,12 @@ class Cluster:
         program = _which(name)
         assert program is not None
         self._daemons[label] = subprocess.Popen(
-            [program, *arguments], env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            [program, *arguments],
+            env=self.environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=_die_with_the_tests,
         )
         log.close()
 
@@ -180,6 +186,11 @@ class Cluster:
         while not condition():
             assert time.monotonic() < end, f"no {what} within {seconds} s; see {self.folder}"
             time.sleep(0.2)
+
+
+def _die_with_the_tests() -> None:
+    """Ask the kernel to end a daemon when the process of the tests is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _kill(pid: int) -> None:

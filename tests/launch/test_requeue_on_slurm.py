@@ -13,6 +13,7 @@ def stopping(here, tmp_path, *words):
     return job
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["USR2", "TERM"])
 def test_a_signal_requeues_the_job(tmp_path, here, name):
     job = stopping(here, tmp_path)
@@ -24,6 +25,7 @@ def test_a_signal_requeues_the_job(tmp_path, here, name):
     assert [rank for rank in (0, 1) if "start 1 of rank" not in job.log(rank)] == []
 
 
+@pytest.mark.long
 def test_scontrol_requeue_is_left_to_slurm(tmp_path, here):
     job = stopping(here, tmp_path)
     here.run("scontrol", "requeue", job.job_id)
@@ -31,6 +33,7 @@ def test_scontrol_requeue_is_left_to_slurm(tmp_path, here):
     assert job.ended() == {"JobState": "COMPLETED", "ExitCode": "0:0", "Restarts": "1"}
 
 
+@pytest.mark.long
 def test_a_cancelled_job_stays_away(tmp_path, here):
     job = stopping(here, tmp_path)
     here.run("scancel", job.job_id)
@@ -60,7 +63,7 @@ def test_only_the_element_of_an_array_is_requeued(tmp_path, here):
     assert one.ended()["Restarts"] == "0"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_time_limit_requeues_as_often_as_allowed(tmp_path, here):
     words = [*TWO_NODES[:4], "--time", "1", "--signal-delay", "45", "--max-requeues", "1", "--env", "STAND_IN_STARTS=9"]
     (job,) = launched(here, tmp_path, *words, training=stand_in.Stopping)
