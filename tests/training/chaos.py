@@ -48,11 +48,11 @@ SMALL = [
     "evaluation.online_images=48",
     "leakage.max_images=24",
 ]
-_STEPS_PER_KILL = 40
+_STEPS_PER_KILL = 25
 _MARK = "LEAKFREE_CHAOS"
 _STEP = re.compile(r" step: (\d+)/\d+ ")
 _FROM = re.compile(r"continuing from \S+ \((\d+) steps done\)")
-_PATIENCE = 180.0  # seconds for anything to happen
+_PATIENCE = 180.0  # seconds in which something must happen
 _ORPHANS_END = 20.0  # seconds for what a killed run leaves running
 
 
@@ -276,12 +276,15 @@ class Chaos:
         return list(self.folder.glob(".*.tmp"))
 
     def _until(self, happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + _PATIENCE
+        """Wait for something, or the command's end, as long as the session logs anything."""
+        logged, deadline = "", time.monotonic() + _PATIENCE
         while not happened() and process.poll() is None:
+            if len(log := self._log()) > len(logged):
+                logged, deadline = log, time.monotonic() + _PATIENCE
             if time.monotonic() > deadline:
                 self._end_all()
                 raise RuntimeError(f"nothing happened for {_PATIENCE:.0f} s: see {self.output}")
-            time.sleep(0.001)
+            time.sleep(0.002)
 
     # -------------------------------------------------------------------------------- judgement
 
