@@ -23,6 +23,7 @@ from typing import Any
 
 from leakfree.config import RunConfig
 from leakfree.errors import LeakfreeError
+from leakfree.training.meeting import interface_towards
 from leakfree.training.ranks import usable_cores
 
 __all__ = ["Place", "Preflight", "PreflightError", "address_of", "place_in_slurm", "port_of", "preflight"]
@@ -357,31 +358,9 @@ def _choose_interface(place: Place, one_machine: bool) -> None:
         own = socket.gethostbyname(socket.gethostname())
     except OSError:
         own = "127.0.0.1"
-    if own.startswith("127.") and (name := _interface_towards(place)):
-        os.environ["GLOO_SOCKET_IFNAME"] = name
-
-
-def _interface_towards(place: Place) -> str:
-    """The network interface by which another machine of the job is reached; "" if it cannot be told."""
     other = place.address if place.node else address_of(place.hosts[-1], os.environ)
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((other, 9))  # a datagram socket: nothing is sent
-            mine = probe.getsockname()[0]
-            return next((name for _, name in socket.if_nameindex() if _ip_of(probe, name) == mine), "")
-    except OSError:
-        return ""
-
-
-def _ip_of(probe: socket.socket, interface: str) -> str:
-    import fcntl
-    import struct
-
-    try:
-        answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", interface[:15].encode()))  # SIOCGIFADDR
-    except OSError:  # it has no address
-        return ""
-    return socket.inet_ntoa(answer[20:24])
+    if own.startswith("127.") and (name := interface_towards(other)):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _reduce(place: Place, store: _Store, *, gpus: bool) -> float:

@@ -17,7 +17,7 @@ from leakfree.training.watchdog import RankError
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-__all__ = ["from_launcher", "interface_of_this_machine", "meet", "names_of_this_machine"]
+__all__ = ["from_launcher", "interface_of_this_machine", "interface_towards", "meet", "names_of_this_machine"]
 
 _LAST_WORDS = 2.0  # seconds in which the others read why rank 0 gives up
 
@@ -104,19 +104,18 @@ def names_of_this_machine() -> list[str]:
 
 def _address_towards_master() -> str:
     """The address of the interface that leads to MASTER_ADDR; "" if that is this machine alone."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing
-            own = str(probe.getsockname()[0])
-    except OSError:
-        return ""
+    own = _address_towards(os.environ["MASTER_ADDR"])
     return "" if own.startswith("127.") or own == "::1" else own
 
 
 def interface_of_this_machine() -> str:
     """The network interface that leads to MASTER_ADDR; "" if it is not known: gloo then asks for the host's name."""
-    own = _address_towards_master()
+    return interface_towards(os.environ["MASTER_ADDR"]) if _address_towards_master() else ""
+
+
+def interface_towards(host: str) -> str:
+    """The network interface by which ``host`` is reached, of those with an IPv4 address; "" if it cannot be told."""
+    own = _address_towards(host)
     if sys.platform != "linux" or not own or ":" in own:
         return ""
     import fcntl
@@ -130,6 +129,17 @@ def interface_of_this_machine() -> str:
             if socket.inet_ntoa(answer[20:24]) == own:
                 return name
     return ""
+
+
+def _address_towards(host: str) -> str:
+    """The own address on the way to ``host``; "" if there is no way."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def from_launcher(name: str, low: int) -> int:
