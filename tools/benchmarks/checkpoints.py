@@ -81,8 +81,8 @@ class AlternatingMoments(Moments):
     variants: Sequence[str] = VARIANTS
     seed = 0
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.order = np.random.default_rng(self.seed)  # alike on all ranks
         self.round: list[str] = []
         self.durations: list[float] = []  # of the steps, from end to end
