@@ -96,7 +96,7 @@ def all_gather_table(values: Sequence[int], group: Group = None) -> Tensor:
     mine = mine.to(_wire_device(group))
     everyone = mine.new_empty(get_world_size(group) * len(mine))
     dist.all_gather_into_tensor(everyone, mine, group=_resolve(group))
-    return everyone.cpu().view(-1, len(mine))
+    return everyone.cpu().view(get_world_size(group), len(mine))
 
 
 def all_gather_ints(values: Sequence[int], group: Group = None) -> list[list[int]]:

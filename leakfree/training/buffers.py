@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from leakfree.distributed import all_gather_objects, all_gather_table, is_distributed
+from leakfree.distributed import all_gather_objects, all_gather_table, get_world_size, is_distributed
 from leakfree.errors import RunError
 from leakfree.state import buffers_kept
 
@@ -123,8 +123,10 @@ def differing_buffers(model: nn.Module, pooled: dict[str, Tensor] | None = None)
     """
     if not is_distributed():
         return [{}]
-    pooled = pooled_values(model) if pooled is None else pooled
     buffers = dict(model.named_buffers())
+    if not buffers:
+        return [{} for _ in range(get_world_size())]
+    pooled = pooled_values(model) if pooled is None else pooled
     contents = _contents(buffers.values())
     shared = _contents([pooled.get(name, buffer) for name, buffer in buffers.items()])
     sums = all_gather_table([zlib.crc32(content.numpy().data) for content in (*contents, *shared)])

@@ -141,3 +141,13 @@ def test_shared_buffers_are_those_of_a_checkpoint():
     assert torch.equal(shared["memory_mean"], own["memory_mean"])
     assert not torch.equal(shared["memory_mean"], other["memory_mean"])
     torch.testing.assert_close(shared["running_mean"], (own["running_mean"] + other["running_mean"]) / 2)
+
+
+def _without_buffers(rank, world_size):
+    model = nn.Sequential(nn.Linear(3, 3), nn.GroupNorm(1, 3))
+    share_buffers(model)
+    return differing_buffers(model)
+
+
+def test_a_model_without_buffers_has_none_that_differ():
+    assert run_ranks(_without_buffers, 2) == [[{}, {}]] * 2
