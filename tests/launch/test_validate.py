@@ -123,7 +123,7 @@ def test_a_finished_run_is_refused_without_resume_and_left_alone_with_it(capsys,
 
 HOLDS = """
 import sys, time
-from leakfree.training.folder import locked
+from leakfree.training.lock import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -308,7 +308,7 @@ def test_sbatch_that_fails_leaves_nothing_behind(capsys, config_file, monkeypatc
 
 def test_the_command_in_launch_json_is_the_line_that_was_given(monkeypatch, config_file):
     seen = {}
-    monkeypatch.setattr(command, "run_here", lambda runs, options, words: seen.update(words=words) or 0)
+    monkeypatch.setattr(command, "run_here", lambda runs, options, words, **more: seen.update(words=words) or 0)
     line = ["train", "--config-file", str(config_file), "--launcher", "debug", "seed=4"]
     assert main(line) == 0
     assert seen["words"] == ["leakfree", *line]
