@@ -127,7 +127,7 @@ if __name__ == "__main__":
 
     joined, folder, fault, culprit, size, patience, join_within = sys.argv[1:]
     plan = RankPlan(int(size), int(size), False, joined == "joined", float(patience), float(join_within))
-    leakfree.cli._run = lambda argv: run_ranks(plan, work, folder, fault, int(culprit)) or 0
+    leakfree.cli._run = lambda argv, own: run_ranks(plan, work, folder, fault, int(culprit)) or 0
     sys.exit(main([]))
 """
 
