@@ -121,14 +121,14 @@ class DigitViews(_Standardized):
         cos, sin = angle.cos(), angle.sin()
         shear = 0.25 * u[:, 3]
         x, y = scale * torch.exp(aspect), scale * torch.exp(-aspect)
-        theta = torch.stack(
-            [
-                torch.stack([x * cos, x * (shear * cos - sin), 0.35 * u[:, 4]], 1),
-                torch.stack([y * sin, y * (shear * sin + cos), 0.35 * u[:, 5]], 1),
-            ],
-            1,
+        maps = (
+            (x * cos, x * (shear * cos - sin), 0.35 * u[:, 4]),
+            (y * sin, y * (shear * sin + cos), 0.35 * u[:, 5]),
         )
-        grid = F.affine_grid(theta, [len(images), 1, self.size, self.size], align_corners=False)
+        across = (2 * torch.arange(self.size) + 1) / self.size - 1  # the centres of pixels, in [-1, 1]
+        # Not by F.affine_grid: a matrix product may round a row otherwise for another number of rows beside it.
+        parts = [[factor[:, None, None] for factor in line] for line in maps]
+        grid = torch.stack([a * across + b * across[:, None] + shift for a, b, shift in parts], 3)
         return F.grid_sample(images, grid, align_corners=False)
 
     def _styles(self, indices: Sequence[int]) -> Tensor:
@@ -137,10 +137,9 @@ class DigitViews(_Standardized):
 
     def _illumination(self, styles: Tensor) -> Tensor:
         wave = torch.cos(torch.pi * (torch.arange(self.size) + 0.5) / self.size)
-        fields = torch.stack(
-            [torch.ones(self.size, self.size), wave.expand(self.size, -1), wave[:, None].expand(-1, self.size)]
-        )
-        return self.settings.style * torch.einsum("nd,dhw->nhw", styles, fields)[:, None]
+        level, across, down = (styles[:, each, None, None] for each in range(self.NUM_STYLES))
+        # Term by term: a matrix product may round a row otherwise for another number of rows beside it.
+        return self.settings.style * (level + across * wave + down * wave[:, None])[:, None]
 
     def _with_holes(self, pixels: Tensor, uniform: Tensor) -> Tensor:
         side = max(1, round(0.3 * self.size))
