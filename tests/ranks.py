@@ -25,13 +25,6 @@ import torch.multiprocessing as mp
 _workers: list[tuple[Any, Connection]] = []
 
 
-_DONE, _RAISED, _NOT_CONNECTED = "done", "raised", "not connected"
-
-
-class _NotConnected(Exception):
-    """The ranks found no way to each other: gloo's fault, not the test's."""
-
-
 def _serve(pipe: Connection, root: str) -> None:
     sys.path.insert(0, root)
     torch.set_num_threads(1)
@@ -41,7 +34,6 @@ def _serve(pipe: Connection, root: str) -> None:
         if task is None:
             return
         fn, rank, world_size, args, store, timeout = task
-        state = _NOT_CONNECTED
         try:
             dist.init_process_group(
                 "gloo",
@@ -50,13 +42,13 @@ def _serve(pipe: Connection, root: str) -> None:
                 world_size=world_size,
                 timeout=timedelta(seconds=timeout),
             )
-            state = _RAISED
             try:
-                result = (_DONE, fn(rank, world_size, *args))
+                dist.barrier()  # a rank that is done while others still connect to each other would break that off
+                result = (True, fn(rank, world_size, *args))
             finally:
                 dist.destroy_process_group()
         except BaseException:
-            result = (state, traceback.format_exc())
+            result = (False, traceback.format_exc())
         pipe.send(result)
 
 
@@ -86,18 +78,6 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     Raises:
         AssertionError: a rank raised (its traceback is the message), or did not answer in time.
     """
-    try:
-        return _run(fn, world_size, args, timeout)
-    except _NotConnected:  # seen on busy machines, and a process in which it happened does not get over it
-        _stop()
-    try:
-        return _run(fn, world_size, args, timeout)
-    except _NotConnected as error:
-        _stop()
-        raise AssertionError(str(error)) from None
-
-
-def _run(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float) -> list[Any]:
     _grow(world_size)
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
@@ -106,29 +86,24 @@ def _run(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout
         pending = {_workers[rank][1]: rank for rank in range(world_size)}
         results: list[Any] = [None] * world_size
         deadline = time.monotonic() + timeout + 10  # the first use also imports
-        failure, connected = "", True
+        failure = ""
         while pending:
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 stuck = sorted(pending.values())
                 _stop()
-                if not connected:
-                    raise _NotConnected(failure)
                 raise AssertionError(failure or f"ranks {stuck} hung for {timeout} s")
             for pipe in ready:
                 rank = pending.pop(pipe)  # type: ignore[index, arg-type]
                 try:
-                    state, value = pipe.recv()  # type: ignore[union-attr]
+                    done, value = pipe.recv()  # type: ignore[union-attr]
                 except EOFError:  # the process died without a word
                     _stop()
                     raise AssertionError(f"rank {rank} died") from None
                 results[rank] = value
-                connected = connected and state != _NOT_CONNECTED
-                if state != _DONE and not failure:
+                if not done and not failure:
                     failure = f"rank {rank} raised:\n{value}"
                     deadline = min(deadline, time.monotonic() + 10)  # its peers may wait for it in vain
-        if not connected:
-            raise _NotConnected(failure)
         if failure:
             raise AssertionError(failure)
     return results
