@@ -125,8 +125,9 @@ def test_neighbours_are_compared_with_lightlys(knn):
         assert [bar["what"] for bar in variants[name]["bars"]] == ["unlike knn_predict (lightly)"]
     assert all(bar["met"] for row in knn["timings"] for bar in row["bars"])
     for row in knn["timings"]:
-        assert row["peak"] > 0
-        assert row["peak"] * row["row_bytes"] < 100e6  # of the inputs' few hundred KB: no library is counted
+        # Of the inputs' few hundred KB: no library is counted, and what the process held already may be enough.
+        assert 0 <= row["peak"] * row["row_bytes"] < 100e6
+    assert any(row["peak"] > 0 for row in knn["timings"])
     assert {(row["section"], row["variant"]) for row in knn["timings"] if row["section"] != "knn"} == {
         (section, backend) for section in ("recall", "map") for backend in ("faiss", "torch")
     }
