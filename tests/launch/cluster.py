@@ -41,6 +41,7 @@ SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
+SlurmdParameters=config_overrides
 SwitchType=switch/none
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
@@ -52,9 +53,13 @@ KillWait=20
 OverTimeLimit=0
 MinJobAge=600
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n1 NodeHostname={host} NodeAddr={address} Port={first} CPUs=4 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr={address} Port={second} CPUs=4 State=UNKNOWN
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=2 State=UP
+PartitionName=spare Nodes=n1,n2 MaxTime=60 PriorityTier=1 State=UP
+PartitionName=grace Nodes=n1,n2 MaxTime=60 PriorityTier=1 GraceTime=30 State=UP
 """
 
 
@@ -71,9 +76,10 @@ def _which(name: str) -> str | None:
 
 
 class Cluster:
-    """Two nodes, n1 and n2, of 4 CPUs each (they are one machine), in one partition ``main``.
+    """Two nodes, n1 and n2, of 4 CPUs each (they are one machine), in the partition ``main``.
 
-    ``cluster.environment`` is what commands need to find it.
+    It preempts the partitions ``spare``, whose jobs are requeued at once, and ``grace``, whose jobs are warned by
+    SIGTERM and have 30 s left. ``cluster.environment`` is what commands need to find it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -145,6 +151,12 @@ class Cluster:
             env=self.environment, capture_output=True, text=True, check=False, timeout=30,
         )  # fmt: skip
         return {words[0]: words[1] for line in done.stdout.splitlines() if len(words := line.split()) == 2}
+
+    def claim(self, seconds: int = 3) -> None:
+        """Submit a job of the partition ``main`` that wants all of both nodes, which preempts those of the others."""
+        self.run(
+            "sbatch", "--partition=main", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", f"sleep {seconds}"
+        )
 
     def job(self, job_id: str) -> dict[str, str]:
         """``scontrol show job`` as a dict."""

@@ -34,6 +34,19 @@ def test_scontrol_requeue_is_left_to_slurm(tmp_path, here):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("partition", "why"),
+    [("spare", "Slurm has put the job back into the queue"), ("grace", "SIGTERM while Slurm calls the job RUNNING")],
+)
+def test_a_preempted_job_comes_back(tmp_path, here, partition, why):
+    job = stopping(here, tmp_path, "--partition", partition)
+    here.claim()
+    job.until(why)
+    assert job.ended() == {"JobState": "COMPLETED", "ExitCode": "0:0", "Restarts": "1"}
+    assert [rank for rank in (0, 1) if "start 1 of rank" not in job.log(rank)] == []
+
+
+@pytest.mark.long
 def test_a_cancelled_job_stays_away(tmp_path, here):
     job = stopping(here, tmp_path)
     here.run("scancel", job.job_id)

@@ -34,7 +34,7 @@ class Job:
         self.cluster, self.folder = cluster, Path(folder)
         command = [
             sys.executable, "-m", "leakfree.cli", "launch", "--config-file", str(config_file), "--launcher", "slurm",
-            "--partition", "main", "--num-machines", "2", "--num-processes", "1", "--cpus-per-task", "1",
+            "--num-machines", "2", "--num-processes", "1", "--cpus-per-task", "1",
             "--log-dir", str(self.folder.parent / "jobs"), *arguments, f"output_dir={folder}", *LENGTH, *overrides,
         ]  # fmt: skip
         done = subprocess.run(
@@ -137,6 +137,19 @@ def test_a_requeue_then_sigterm_alone_then_a_lost_node(cluster, config_file, tmp
     assert begun[2] >= 140
     assert begun[3] >= 200
     assert_as_undisturbed(job, undisturbed)
+
+
+def test_a_preemption_without_and_one_with_a_warning(cluster, config_file, tmp_path, undisturbed):
+    """The job of another partition takes both nodes; the run loses no step, and has them back after it."""
+    for partition in ("spare", "grace"):
+        job = Job(cluster, config_file, tmp_path / partition, "--time", "10", "--partition", partition)
+        job.until_step(60)
+        cluster.claim()
+        job.until_finished()
+        begun = job.steps_of_sessions()
+        assert len(begun) == 2
+        assert begun[1] >= 60
+        assert_as_undisturbed(job, undisturbed)
 
 
 def test_a_cancelled_job_saves_and_stays_down(cluster, config_file, tmp_path, undisturbed):
