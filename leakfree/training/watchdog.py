@@ -28,7 +28,7 @@ from leakfree.training.board import LOST, Board, BoardError, Message
 from leakfree.training.stacks import Place, place_of
 from leakfree.training.stopping import Stopped
 
-__all__ = ["Ending", "RankError", "Watchdog", "at_end", "first_cause", "longest_patience", "progress"]
+__all__ = ["Clock", "Ending", "RankError", "Watchdog", "at_end", "first_cause", "longest_patience", "progress"]
 
 _BEAT = 5.0  # seconds between two signs of life
 _SETTLE = 1.0  # seconds in which the failures that belong together arrive
@@ -222,8 +222,12 @@ class _Seen:
     collectives: int = -1
 
 
-class _Clock:
-    """Seconds in which this process could run: it stands still while the process, or the machine, is suspended."""
+class Clock:
+    """Seconds in which this process could run: it stands still while the process, or the machine, is suspended.
+
+    Args:
+        longest: seconds between two ticks of a process that runs; what goes beyond is not counted.
+    """
 
     def __init__(self, longest: float) -> None:
         self.now = 0.0
@@ -283,7 +287,7 @@ class Watchdog:
         self._ends_process = False
         self._stopped = False
         # of the watchdog's own thread
-        self._clock = _Clock(2 * self._beat)
+        self._clock = Clock(2 * self._beat)
         self._marked = 0.0  # when the last progress was noticed,
         self._seen_mark = _mark  # and which
         self._next_beat = 0.0

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from leakfree.config import load_config
 from leakfree.config.schema import RunConfig
+from leakfree.training.watchdog import Clock
 from tests.contrastive.conftest import CONFIG
 from tests.training.exact_resume import run_differences
 
@@ -47,12 +48,13 @@ SMALL = [
     "evaluation.max_images=48",
     "evaluation.online_images=48",
     "leakage.max_images=24",
+    "trainer.stuck_after=16",  # so that a session that hangs tells where (ten times as late in slow phases)
 ]
 _STEPS_PER_KILL = 25
 _MARK = "LEAKFREE_CHAOS"
 _STEP = re.compile(r" step: (\d+)/\d+ ")
 _FROM = re.compile(r"continuing from \S+ \((\d+) steps done\)")
-_PATIENCE = 180.0  # seconds in which something must happen
+_PATIENCE = 180.0  # seconds in which something must happen; of this machine's running: virtual ones are put to sleep
 _ORPHANS_END = 20.0  # seconds for what a killed run leaves running
 
 
@@ -143,14 +145,14 @@ class Chaos:
             self.report.kills.append(Kill(victim, moment, step, resumed))
             self.report.half_written += len(self._temporary_files())
             print(f"{number + 1}/{self.kills}: {victim} killed ({moment}) at step {step}, {resumed} saved", flush=True)
-        self._judge(self._start().wait(_PATIENCE * 4))
+        self._judge(self._end_of(self._start(), _PATIENCE * 4))
 
     def _undisturbed(self) -> None:
         process = self._start(self.whole, resume=False)
         began = time.monotonic()
         self._until(lambda: _STEP.search(self._log(self.whole)) is not None, process)
         self._start_seconds = time.monotonic() - began
-        if code := process.wait(_PATIENCE * 10):
+        if code := self._end_of(process, _PATIENCE * 10):
             raise RuntimeError(f"the undisturbed run ended with exit code {code}: see {self.output}/session-0.txt")
 
     # ------------------------------------------------------------------------------- a session
@@ -194,9 +196,8 @@ class Chaos:
         if victim is None:
             self._fault(f"the run ended with exit code {process.wait()} before it was killed ({moment})")
             return None
-        try:
-            code = process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
+        code = self._end_of(process, _PATIENCE)
+        if code is None:
             self._fault(f"{victim} was killed ({moment}), and the command did not end in {_PATIENCE:.0f} s")
             self._end_all()
             return None
@@ -277,19 +278,27 @@ class Chaos:
 
     def _until(self, happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
         """Wait for something, or the command's end, as long as the session logs anything."""
-        logged, deadline = "", time.monotonic() + _PATIENCE
+        logged, clock = "", Clock(1.0)
         while not happened() and process.poll() is None:
             if len(log := self._log()) > len(logged):
-                logged, deadline = log, time.monotonic() + _PATIENCE
-            if time.monotonic() > deadline:
+                logged, clock = log, Clock(1.0)
+            if clock.tick() > _PATIENCE:
                 self._end_all()
                 raise RuntimeError(f"nothing happened for {_PATIENCE:.0f} s: see {self.output}")
             time.sleep(0.002)
 
+    @staticmethod
+    def _end_of(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+        """Wait for the command's exit code; None = it has not ended within this time."""
+        clock = Clock(1.0)
+        while process.poll() is None and clock.tick() < seconds:
+            time.sleep(0.02)
+        return process.returncode
+
     # -------------------------------------------------------------------------------- judgement
 
-    def _judge(self, code: int) -> None:
-        if code:
+    def _judge(self, code: int | None) -> None:
+        if code != 0:
             self._fault(f"the last session ended with exit code {code}: see session-{self._sessions - 1}.txt")
             return
         period = self.config.trainer.checkpoint_period
