@@ -22,8 +22,14 @@ help:
 demo: $(STAMP)
 	$(PY) tools/demo.py $(ARGS)
 
+# All that can runs side by side, then the rest one by one; with ARGS only what they name.
 test: lint
+ifeq ($(strip $(ARGS)),)
+	@$(PY) -m pytest -m "not alone" --numprocesses=2 --dist=loadfile --no-loadscope-reorder; first=$$?; \
+		$(PY) -m pytest -m alone && exit $$first
+else
 	$(PY) -m pytest $(ARGS)
+endif
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -44,6 +44,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.90",
             "timm>=1.0",
             "onnx>=1.17",

@@ -4,7 +4,7 @@ Hypothesis draws the same examples at each run, so that a failure in CI is one t
 `pytest --hypothesis-profile=default`. Single examples may be slow by chance: they have no deadline.
 
 `slow` tests run by default; leave them out with `pytest -m "not slow"`. `long` ones, whose point a shorter test makes
-too, only run with `pytest --long`.
+too, only run with `pytest --long`. `make test` runs those that are `alone` one by one, after the others side by side.
 """
 
 import os

@@ -18,6 +18,8 @@ from tests.ranks import run_ranks
 from tools.benchmarks import peers
 from tools.benchmarks.measure import Rounds, WireCounter
 
+pytestmark = pytest.mark.alone
+
 FOLDER = Path(__file__).parent.parent / "tools" / "benchmarks"
 CHANNELS = 8
 

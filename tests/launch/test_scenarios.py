@@ -101,6 +101,7 @@ def assert_as_undisturbed(job, undisturbed):
     assert read_record(job.folder).results == read_record(undisturbed).results
 
 
+@pytest.mark.alone
 def test_a_time_limit_requeues_the_run_and_it_goes_on(cluster, config_file, tmp_path, undisturbed):
     # Slurm's limits are whole minutes. The signal comes 20 s after the start, whatever the speed of this machine: the
     # run is longer.

@@ -5,6 +5,8 @@ import pytest
 from tests.contrastive.conftest import CONFIG
 from tests.training.chaos import SMALL, Chaos
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_three_times_is_the_undisturbed_one(tmp_path):

@@ -21,6 +21,8 @@ from leakfree.training.stopping import StopAsked, listening, received
 from tests.ranks import run_ranks
 from tests.runs import same, weights_of
 
+pytestmark = pytest.mark.alone
+
 STOPPABLE = Path(__file__).with_name("stoppable.py")
 SETTINGS = [
     "schedule.max_steps=10",

@@ -26,6 +26,8 @@ from leakfree.training.ranks import RankPlan, plan_ranks, run_ranks
 from leakfree.training.stacks import place_of
 from leakfree.training.watchdog import GONE, STUCK, TRACEBACK, Ending, RankError, at_end, first_cause, progress
 
+pytestmark = pytest.mark.alone
+
 PATIENCE = 3.0  # seconds, of every run here
 BOUND = 60  # seconds in which a run must have ended; nearly all of it is the start on a busy machine
 
