@@ -31,12 +31,19 @@ class Agreement:
     that has heard a signal names a place in the present stretch, at which, or after which, all stop:
 
     - in training a step. It is told before this rank takes part in the step's exchange of gradients, and no rank comes
-      to the step's end without that exchange. So all have read it there, and stop after the same step.
+      to the step's end without that exchange. So all have read it there, and stop after the same step. On GPUs a rank
+      only orders the exchange, and may be at the step's end before others have: see ``ahead``.
     - in an evaluation a batch. Where ranks exchange something in every batch, the same holds. Where they do not, some
       have fewer batches and are waiting in the meeting at the loop's end, where the others join them.
+
+    Args:
+        ahead: how many steps a rank's process may be ahead of what it has ordered: 0 where it waits for each exchange,
+            1 on GPUs, where the look at the loss of the next step waits for the exchange of this one. So much later is
+            the place that is named.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ahead: int = 0) -> None:
+        self._ahead = ahead
         self._store: dist.Store | None = None
         if is_distributed():
             name = broadcast_object(uuid.uuid4().hex)  # a process group may see several runs
@@ -109,7 +116,7 @@ class Agreement:
     def _tell(self, index: int) -> None:
         """If this rank was signalled, and none before it: all stop at ``index`` of this stretch."""
         if self._store is not None and self._told is None and received():
-            self._store.compare_set("stop", "", f"{received()} {self._stretch} {index}")
+            self._store.compare_set("stop", "", f"{received()} {self._stretch} {index + self._ahead}")
 
     def _stops_at(self, index: float) -> str:
         if self._store is None:

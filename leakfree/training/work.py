@@ -132,7 +132,7 @@ def _session(config: RunConfig, plan: RankPlan, start: Start, saved: int | None)
             os.environ["OMP_NUM_THREADS"] = str(threads)
             if not plan.gpus:  # cheap there, and a resumed run is then the uninterrupted one bit for bit
                 torch.use_deterministic_algorithms(True, warn_only=True)
-            session = _Session(config, folder, device, threads, start, Agreement(), saved)
+            session = _Session(config, folder, device, threads, start, Agreement(ahead=int(plan.gpus)), saved)
             try:
                 session.agreement.meet()  # before minutes go into reading data
                 yield session

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from leakfree.data import Loader
@@ -233,6 +235,29 @@ def test_nobody_waits_for_a_rank_that_leaves_a_loop_early():
     began = time.monotonic()
     assert run_ranks(_leaves_early, 2) == [True, True]
     assert time.monotonic() - began < 25
+
+
+def _orders_exchanges(rank, world_size):
+    """As on GPUs: the exchange of a step is only ordered, and waited for in the next one."""
+    with listening():
+        agreement, ordered = Agreement(ahead=1), None
+        agreement.meet()
+        for step in range(1, 20):
+            if ordered is not None:
+                ordered.wait()
+            if rank == 1 and step == 3:
+                time.sleep(0.5)  # the other one is at the end of this step
+                os.kill(os.getpid(), signal.SIGUSR2)
+            agreement.before_exchange(step)
+            ordered = dist.all_reduce(torch.ones(1), async_op=True)
+            if agreement.after_step(step):
+                ordered.wait()
+                return step
+    return 0
+
+
+def test_ranks_that_run_ahead_of_their_exchanges_stop_after_the_same_step():
+    assert run_ranks(_orders_exchanges, 2, timeout=20) == [4, 4]
 
 
 def test_signals_only_set_a_flag_and_handlers_are_put_back():
