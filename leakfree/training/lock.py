@@ -31,6 +31,7 @@ __all__ = ["SILENT", "LockOwner", "lock_owner", "locked", "slurm_job"]
 BEAT = 15.0  # seconds between two signs of life
 SILENT = 120.0  # seconds without one after which a process on another machine counts as gone
 _POLL = 0.5  # seconds between two looks at a process that may be gone
+_FAREWELL = 1.2  # beats in which a process on another machine learns that it has lost the folder, and ends
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
@@ -82,10 +83,11 @@ def locked(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
     """Make the folder and hold it for this process, not for its children; a second process is refused.
 
     The folder of a process that is gone is taken over, with a line on stderr: at once if it ran on this machine or
-    was an earlier start of the same Slurm job, otherwise when it has given no sign for :data:`SILENT` seconds. A
-    process on another machine is watched until one or the other is certain, so a job that was requeued elsewhere
-    waits and is not refused. Should the folder be taken over from this process (it was suspended for minutes, say),
-    this process ends: two must never write.
+    was an earlier start of the same Slurm job, otherwise when it has given no sign for :data:`SILENT` seconds, nor
+    while it is watched for two beats (its file system may have been away). A process on another machine is watched
+    until one or the other is certain, so a job that was requeued elsewhere waits and is not refused. Should the folder
+    be taken over from this process (it was suspended for minutes, say), this process ends at its next beat; who takes
+    over from another machine waits for that: two must never write.
 
     Raises:
         RunError: a living process holds it, who and since when; or the folder cannot be made or written.
@@ -289,12 +291,14 @@ def _clock(folder: Path) -> float:
 
 
 def _take(folder: Path, me: _Owner) -> None:
-    offset, began, told = _clock(folder), time.monotonic(), False
+    offset, began, told, evicted = _clock(folder), time.monotonic(), False, False
     first: dict[str, float] = {}  # token of each owner seen -> its sign of life then
     while True:
         found = _read(folder)
         if found is None:
             if _create(folder, me):
+                if evicted:
+                    time.sleep(_FAREWELL * BEAT)
                 return
             continue
         first.setdefault(found.owner.token, found.touched)
@@ -308,13 +312,15 @@ def _take(folder: Path, me: _Owner) -> None:
             )
         if state == "gone":
             if _drop(folder, found.owner):
+                evicted = evicted or not found.owner.is_here
                 _say(f"{folder} was being written by {seen}, which is gone: taking over")
         else:
             if not told:
                 told = True
+                until = f"its end, or for {SILENT:.0f} s" if seen.alive else f"{2 * BEAT:.0f} s"
                 _say(
-                    f"{folder} was being written by {seen}, last sign {seen.last_sign:.0f} s ago: waiting for its end, "
-                    f"or for {SILENT:.0f} s without a sign"
+                    f"{folder} was being written by {seen}, last sign {seen.last_sign:.0f} s ago: waiting for {until} "
+                    "without a sign"
                 )
             time.sleep(_POLL)
 
@@ -323,14 +329,16 @@ def _state(
     found: _Found, seen: LockOwner, me: _Owner, *, beats: bool, waited: float
 ) -> Literal["alive", "gone", "unsure"]:
     """``beats``: it gave a sign while we were watching."""
-    if not seen.alive:
-        return "gone"
     earlier = found.owner.is_earlier_start_of(me)
     if found.owner.is_here:
+        if not seen.alive:
+            return "gone"
         return "unsure" if earlier and waited < SILENT else "alive"  # Slurm gives an old start time to end
     if earlier:
         return "gone"
-    return "alive" if beats else "unsure"
+    if beats:
+        return "alive"
+    return "unsure" if seen.alive or waited < 2 * BEAT else "gone"
 
 
 def _say(line: str) -> None:
@@ -357,8 +365,10 @@ class _Heart(threading.Thread):
         elif found.owner.token in (self.me.token, ""):  # "": it cannot be read now
             os.utime(_path(self.folder))
         else:
-            _say(f"{self.folder} has been taken over by {found.seen(time.time())}; this process ends")
-            os._exit(1)  # whatever its other threads do: they must not write any more
+            try:
+                _say(f"{self.folder} has been taken over by {found.seen(time.time())}; this process ends")
+            finally:  # also where nobody can be told
+                os._exit(1)  # whatever its other threads do: they must not write any more
 
     def end(self) -> None:
         self._ended.set()

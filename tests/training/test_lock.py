@@ -26,6 +26,11 @@ with lock.locked(sys.argv[1]):
 """
 
 
+@pytest.fixture(autouse=True)
+def quick_beats(monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+
+
 @pytest.fixture
 def hold(tmp_path):
     """``hold()``: a process that holds ``tmp_path / "run"`` until its stdin is closed."""
@@ -173,10 +178,46 @@ def test_the_owner_on_another_machine_is_gone_when_it_was_silent_for_long(run, c
     assert not lock_owner(run).alive
     with locked(run):
         pass
-    said = capfd.readouterr().err
-    assert "was being written by pid 123 on node7 (job 77) since" in said
-    assert "which is gone: taking over" in said
-    assert "waiting" not in said
+    watched, taken = capfd.readouterr().err.splitlines()
+    assert "was being written by pid 123 on node7 (job 77) since" in taken
+    assert taken.endswith("which is gone: taking over")
+    assert watched.endswith(" s ago: waiting for 0 s without a sign")
+
+
+def test_one_that_could_not_give_a_sign_for_long_is_no_prey_when_it_can(run, monkeypatch):
+    """Its file system was away: the first look finds an old sign of a living process."""
+    monkeypatch.setattr(lock, "BEAT", 2.0)
+    monkeypatch.setattr(lock, "_POLL", 0.05)
+    path = left(run, age=500, **ELSEWHERE)
+    beat = multiprocessing.get_context("fork").Process(target=_beat_once, args=(path,))
+    beat.start()
+    with pytest.raises(RunError, match=r"being written by pid 123 on node7 since .*, last sign 0 s ago"), locked(run):
+        pass
+    beat.join()
+
+
+def _beats_without_a_voice(run):
+    sys.stderr.close()
+    lock._Heart(run, lock._Owner.of_this_process())._beat()
+
+
+def test_who_has_lost_the_folder_ends_also_where_nobody_can_be_told(run):
+    left(run, **ELSEWHERE)
+    process = multiprocessing.get_context("fork").Process(target=_beats_without_a_voice, args=(run,))
+    process.start()
+    process.join(20)
+    assert process.exitcode == 1
+    assert json.loads((run / ".lock").read_text())["token"] == "theirs"
+
+
+def test_who_takes_over_waits_until_the_other_has_noticed(run, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 1.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "80")
+    left(run, **ELSEWHERE)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    began = time.monotonic()
+    with locked(run):
+        assert time.monotonic() - began > 1.0
 
 
 def test_a_sign_of_life_from_another_machine_is_a_refusal(run, monkeypatch):
