@@ -84,5 +84,6 @@ def _show_jobs(jobs: Sequence[Submitted], options: JobOptions) -> None:
     for job in jobs:
         print(f"  {job.job_id}  {job.run.folder}  log: {job.log}")
     folders = " ".join(shlex.quote(str(job.run.folder)) for job in jobs)
-    end = f"scancel {main}" if options.launcher == "slurm" else f"kill {main}    # saves, then ends"
+    kill = f"pkill -TERM -P {main}" if options.setup else f"kill {main}"  # after setup lines it is a shell's child
+    end = f"scancel {main}" if options.launcher == "slurm" else f"{kill}    # saves, then ends"
     print(f"follow:\n  leakfree status {folders}\n  tail -F {shlex.quote(str(jobs[0].log))}\nend:\n  {end}")

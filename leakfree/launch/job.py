@@ -16,8 +16,9 @@ from leakfree.errors import LeakfreeError
 from leakfree.launch.preflight import place_in_slurm, preflight
 from leakfree.launch.requeue import judge, put_back, time_is_up
 from leakfree.launch.slurm import job_facts
-from leakfree.training import RankError, Stopped, train
+from leakfree.training import MachineLost, RankError, Stopped, train
 from leakfree.training.stopping import EXIT_STOPPED, listening, received
+from leakfree.training.watchdog import AWAY, Ending, at_end
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Training"]
 
 _GRACE = 2.0  # seconds that rank 0 has to tell what is wrong before another rank's end ends it
+_LOST = "a lost machine"
 _TAIL = 2**16  # bytes of rank 0's log that are searched for a line
 
 
@@ -77,6 +79,11 @@ class Training:
             except RankError as error:
                 codes.append(1)
                 _say(f"leakfree: failed: {error}")
+            except Stopped:
+                raise
+            except Exception:
+                codes.append(1)
+                _say(f"leakfree: failed, with this traceback:\n{traceback.format_exc()}")
         return max(codes, key=lambda code: (code > 0, -code))  # a failure of ours before a mistake of the user's
 
     def _in_the_background(self) -> NoReturn:
@@ -114,11 +121,13 @@ class _SlurmTask:
         bound = signal.getsignal(signal.SIGUSR2)
         self.handler: Any = getattr(bound, "__self__", None)
         self.rank = self.job.global_rank
+        self.ranks_per_machine = 1
 
     def run(self) -> NoReturn:
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it before SIGTERM, and submitit tells of it
         try:
-            with listening(to_the_end=True):  # then no signal reaches what is left to do, scontrol among it
+            # no signal reaches what is left to do afterwards, scontrol among it
+            with listening(to_the_end=True), at_end(self._ended_by_watchdog):
                 self._train()
             code = 0
         except Stopped as stop:
@@ -127,6 +136,9 @@ class _SlurmTask:
             code = self._failed(2, _one_line(error))
         except KeyboardInterrupt:
             code = self._failed(130, "leakfree: interrupted")
+        except MachineLost as error:
+            _say(f"leakfree: failed: {error}")
+            code = self._machine_lost(error.rank)
         except RankError as error:
             code = self._failed(1, f"leakfree: failed: {error}")
         except BaseException:  # told here, in full: what holds other ranks must not hold this process
@@ -137,6 +149,7 @@ class _SlurmTask:
         (path,) = self.training.configs
         config = load_config(path)
         place = place_in_slurm(os.environ, tuple(self.job.hostnames))
+        self.ranks_per_machine = place.ranks_per_machine
         found = preflight(
             config,
             place,
@@ -156,16 +169,33 @@ class _SlurmTask:
         if self.rank != 0:
             return 0
         _say(f"leakfree: stopped by {stop.signal_name}: {stop.where}")
+        return self._requeue(stop.signal_name, EXIT_STOPPED)
+
+    def _requeue(self, cause: str, otherwise: int) -> int:
+        """Put the job back if that is meant and possible: 0; else the exit code that tells it."""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         facts = job_facts(self.job.job_id)
-        verdict = judge(stop.signal_name, facts, restarts)
+        verdict = judge(cause, facts, restarts)
         _say(f"leakfree: {verdict.why}")
         if not verdict.requeue:
             return verdict.exit_code
-        up = time_is_up(facts, self.training.signal_delay)
+        up = cause != _LOST and time_is_up(facts, self.training.signal_delay)
         problem = put_back(self.handler, self.job.job_id, time_is_up=up)
         _say(f"leakfree: {problem}" if problem else f"leakfree: job {self.job.job_id} is back in the queue")
-        return EXIT_STOPPED if problem else 0
+        return otherwise if problem else 0
+
+    def _ended_by_watchdog(self, ending: Ending) -> None:
+        if ending.kind == AWAY:
+            _leave(self._machine_lost(ending.rank))
+
+    def _machine_lost(self, rank: int) -> int:
+        """The machine of ``rank`` does not answer: the first rank of the first other one speaks for the job.
+
+        Slurm itself waits for minutes before it believes that a machine is down, and would until then take the end of
+        the job for a failure, which it does not requeue.
+        """
+        speaker = self.ranks_per_machine if rank < self.ranks_per_machine else 0
+        return self._requeue(_LOST, 1) if self.rank == speaker else 0
 
     def _failed(self, code: int, text: str) -> int:
         """Tell it here, and in the log of rank 0, where people look, unless it is there already."""

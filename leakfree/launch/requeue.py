@@ -33,32 +33,38 @@ class Verdict:
     exit_code: int = 0
 
 
-def judge(signal_name: str, facts: Mapping[str, str], restarts: int) -> Verdict:
-    """What is to be done about a job that a signal has stopped.
+def judge(cause: str, facts: Mapping[str, str], restarts: int) -> Verdict:
+    """What is to be done about a job that has ended early.
 
     Args:
-        signal_name: of the signal. SIGUSR2 is Slurm's warning that the time limit, or a preemption, is near.
+        cause: the signal that stopped it, or words for what else did. SIGUSR2 is Slurm's warning that the time limit,
+            or a preemption, is near.
         facts: of :func:`leakfree.launch.slurm.job_facts`.
         restarts: how often this job had been restarted when it started here (SLURM_RESTART_COUNT).
 
-    A job that is being ended is COMPLETING whatever the reason. Slurm counts a restart the moment it decides to
+    What came first counts until the job is being ended: who cancels it after a warning means it. A job that is being
+    ended is COMPLETING whatever the reason. Slurm counts a restart the moment it decides to
     requeue, and notes a time limit as the reason; what is left was cancelled.
     """
     state, reason = facts.get("JobState", ""), facts.get("Reason", "")
     known = facts.get("Restarts", "")
     if state in _BACK or (known.isdigit() and int(known) > restarts):
         return Verdict(False, "Slurm has put the job back into the queue")
-    if signal_name not in ("SIGTERM", "SIGINT"):
-        return Verdict(True, f"{signal_name}: the time limit or a preemption is near")
+    if cause == "SIGUSR2" and (not state or state in _GONE_ON):
+        return Verdict(True, f"{cause}: the time limit or a preemption is near")
     if state.startswith("CANCELLED"):
         return Verdict(False, "cancelled by the user: the job is not requeued", exit_code=EXIT_STOPPED)
     if state in _GONE_ON:
-        return Verdict(True, f"{signal_name} while Slurm calls the job {state}")
+        return Verdict(True, f"{cause} while Slurm calls the job {state}")
     if not state:
-        return Verdict(True, f"{signal_name}, and Slurm does not say why")
-    if reason in _REASONS or facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"):
-        return Verdict(True, f"{signal_name}: {reason if reason in _REASONS else 'preempted'}")
+        return Verdict(True, f"{cause}, and Slurm does not say why")
+    if reason in _REASONS or _preempted(facts):
+        return Verdict(True, f"{cause}: {reason if reason in _REASONS else 'preempted'}")
     return Verdict(False, "cancelled by the user: the job is not requeued", exit_code=EXIT_STOPPED)
+
+
+def _preempted(facts: Mapping[str, str]) -> bool:
+    return facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown", "(null)")
 
 
 def put_back(handler: Any, job_id: str, *, time_is_up: bool) -> str:
@@ -110,6 +116,8 @@ def time_is_up(facts: Mapping[str, str], signal_delay: float, now: float | None 
         facts: of :func:`leakfree.launch.slurm.job_facts`; where they do not tell the end, it counts as a time limit.
         signal_delay: seconds before the limit at which the warning was asked for; Slurm may send it a minute early.
     """
+    if _preempted(facts):  # its end is then that of the grace time
+        return False
     try:
         end = time.mktime(time.strptime(facts.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
     except ValueError:

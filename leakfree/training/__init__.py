@@ -6,5 +6,6 @@ Importing this loads neither torch nor Lightning; the ranks do.
 from leakfree.training.ranks import RankError
 from leakfree.training.run import evaluate, train
 from leakfree.training.stopping import Stopped
+from leakfree.training.watchdog import MachineLost
 
-__all__ = ["RankError", "Stopped", "evaluate", "train"]
+__all__ = ["MachineLost", "RankError", "Stopped", "evaluate", "train"]

@@ -7,6 +7,7 @@ that rank 0 gives to its ranks. Torch-free.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
 import secrets
@@ -18,11 +19,12 @@ from typing import Any
 __all__ = ["LOST", "Board", "BoardError", "Message"]
 
 Message = dict[str, Any]
-LOST = "lost"  # the message of a connection that ended
+LOST = "lost"  # the message of a connection that ended; "silent": the other machine does not answer any more
 
 _LONGEST = 1 << 20  # bytes of a message
 _GONE_AFTER = 60_000  # ms after which TCP gives up on a machine that does not answer
 _SENDING = 5.0  # seconds; a message is far smaller than what the kernel takes at once
+_SILENT = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
 _CONNECTING = 5.0  # seconds for each address of rank 0
 
 
@@ -98,7 +100,7 @@ class Board:
             return
 
     def receive(self, timeout: float) -> list[tuple[int, Message]]:
-        """What came, as (rank, message); a connection that ended is ``{"is": LOST}``. Waits up to ``timeout`` s."""
+        """What came, as (rank, message), waiting up to ``timeout`` s; ``{"is": LOST, ...}`` is a connection's end."""
         found: list[tuple[int, Message]] = []
         for key, _ in self._selector.select(timeout):
             if key.fileobj is self._woken:
@@ -146,7 +148,7 @@ class Board:
         if ended:
             self._drop(peer)
             if peer.rank >= 0:
-                found.append((peer.rank, {"is": LOST}))
+                found.append((peer.rank, {"is": LOST, "silent": peer.silent}))
         return found
 
     def _drop(self, peer: _Peer) -> None:
@@ -161,6 +163,7 @@ class _Peer:
     def __init__(self, connection: socket.socket, rank: int) -> None:
         self.connection = connection
         self.rank = rank  # -1: it has not said which
+        self.silent = False  # the connection has ended since its machine does not answer
         self._buffer = b""
         self._mute = False
         connection.settimeout(_SENDING)
@@ -175,16 +178,18 @@ class _Peer:
             return False
         try:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
+        except OSError as error:
             self._mute = True  # part of it may have left; what the other side has said can still be read
+            self.silent = self.silent or error.errno in _SILENT
         return not self._mute
 
     def receive(self) -> tuple[list[Message], bool]:
         """The whole messages that have come, and whether the connection has ended."""
         try:
             data = self.connection.recv(1 << 16)
-        except OSError:
+        except OSError as error:
             data = b""
+            self.silent = self.silent or error.errno in _SILENT
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         longest = _LONGEST if self.rank >= 0 else 4096  # a stranger may not fill the memory
         try:

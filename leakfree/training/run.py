@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from leakfree.config.schema import RunConfig
-from leakfree.errors import LeakfreeError
+from leakfree.errors import LeakfreeError, RunError
 from leakfree.records import RunRecord, read_record
 from leakfree.training.checkpoints import list_checkpoints
 from leakfree.training.folder import (
@@ -23,7 +23,7 @@ from leakfree.training.folder import (
 from leakfree.training.lock import locked
 from leakfree.training.ranks import RankPlan, plan_ranks, run_ranks
 from leakfree.training.stopping import Stopped, listening, what_is_saved
-from leakfree.training.watchdog import RankError, at_end
+from leakfree.training.watchdog import Ending, RankError, at_end
 
 __all__ = ["evaluate", "train"]
 
@@ -116,7 +116,7 @@ def _run(config: RunConfig, plan: RankPlan, work: Work, decide: Decide) -> RunRe
         else:
             with locked(config.output_dir) as folder:
                 held.append(folder)
-                start = decide(folder)
+                start = _decided(decide, folder)
                 if start.finished:
                     print(*start.notices, sep="\n")
                 else:
@@ -139,7 +139,7 @@ def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide, held:
         if get_rank() == 0:
             try:
                 held.append(stack.enter_context(locked(config.output_dir)))
-                found = decide(held[0])
+                found = _decided(decide, held[0])
                 stack.enter_context(at_end(partial(_note_end, held[0])))
             except LeakfreeError as error:
                 found = error
@@ -151,6 +151,16 @@ def _joined(config: RunConfig, plan: RankPlan, work: Work, decide: Decide, held:
                 work(config, plan, found)
 
 
+def _decided(decide: Decide, folder: Path) -> Start:
+    try:
+        return decide(folder)
+    except OSError as error:  # it clears what an interrupted session has left there
+        raise RunError(
+            f"output_dir: {folder} cannot be read or written ({error.strerror}): make room, or see to its files, then "
+            "continue with --resume"
+        ) from error
+
+
 @contextmanager
 def _guarded(config: RunConfig) -> Iterator[None]:
     """Whatever ends the work early, the record says so; Ctrl-C and a stop also tell the user how to go on."""
@@ -158,8 +168,9 @@ def _guarded(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with suppress(OSError):  # perhaps the disk is full: the first error is the one to tell
+        with suppress(OSError, LeakfreeError):  # perhaps the disk is full: the first error is the one to tell
             interrupted_record(folder, error, began)
+        with suppress(OSError):
             if isinstance(error, KeyboardInterrupt):
                 _tell_interrupted(config, folder)
             elif isinstance(error, Stopped):
@@ -167,10 +178,12 @@ def _guarded(config: RunConfig) -> Iterator[None]:
         raise
 
 
-def _note_end(folder: Path, report: str) -> None:
+def _note_end(folder: Path, ending: Ending) -> None:
     """The watchdog is about to end this process."""
-    with suppress(OSError):  # perhaps the disk is full
+    report = ending.spoken()
+    with suppress(OSError, LeakfreeError):  # perhaps the disk is full
         interrupted_record(folder, RankError(report))
+    with suppress(OSError):
         _log(folder, report)
 
 

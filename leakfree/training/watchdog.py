@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from leakfree import errors
 from leakfree.errors import LeakfreeError
@@ -28,12 +29,24 @@ from leakfree.training.board import LOST, Board, BoardError, Message
 from leakfree.training.stacks import Place, place_of
 from leakfree.training.stopping import Stopped
 
-__all__ = ["Clock", "Ending", "RankError", "Watchdog", "at_end", "first_cause", "longest_patience", "progress"]
+__all__ = [
+    "Clock",
+    "Ending",
+    "MachineLost",
+    "RankError",
+    "Watchdog",
+    "at_end",
+    "first_cause",
+    "longest_patience",
+    "progress",
+]
 
 _BEAT = 5.0  # seconds between two signs of life
+_LOOK = 0.5  # seconds between two looks whether a rank that should end has ended
 _SETTLE = 1.0  # seconds in which the failures that belong together arrive
 _GRACE = 2.0  # seconds that a rank has to end by itself, once the end is decided
-_STOPPING = 20.0  # the same, when the run was stopped: the others are about to end too
+_INTERRUPTED = 20.0  # the same, when somebody interrupted it,
+_STOPPING = 180.0  # or it was stopped: all is saved, and rank 0 may have a job to put back into the queue
 _ANSWERS = 5.0  # seconds in which the others answer where they are, or rank 0 decides
 _TIDYING = 20.0  # seconds for what must be done before a rank is ended: a save under way, the record, the log
 _SLOW = 10  # times the patience for a slow phase,
@@ -41,11 +54,27 @@ _SLOW_MOST = 1800.0  # but no more than these seconds, unless the patience itsel
 _LONGEST = 20_000  # characters of a traceback; a pipe holds 64 KiB
 _MOST_STACKS = 3
 
-TRACEBACK, GONE, STUCK, STOPPED, INTERRUPTED = "traceback", "gone", "stuck", "Stopped", "KeyboardInterrupt"
+TRACEBACK, GONE, AWAY, STUCK = "traceback", "gone", "away", "stuck"
+STOPPED, INTERRUPTED = "Stopped", "KeyboardInterrupt"
 
 
 class RankError(RuntimeError):
     """A rank failed, was killed or is stuck; the message names it and holds its traceback."""
+
+
+class MachineLost(RankError):
+    """The machine of a rank does not answer any more: it is down, or the network to it.
+
+    Attributes:
+        rank: the one that was noticed first.
+    """
+
+    def __init__(self, text: str, rank: int) -> None:
+        super().__init__(text)
+        self.rank = rank
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.rank)
 
 
 # ----------------------------------------------------------------------------- what a rank calls
@@ -58,7 +87,7 @@ class _Mark:
 
 
 _mark = _Mark("the start", True)
-_tidying: list[Callable[[str], object]] = []
+_tidying: list[Callable[[Ending], object]] = []
 _current: Watchdog | None = None
 
 
@@ -74,8 +103,8 @@ def progress(what: str, *, slow: bool = False) -> None:
 
 
 @contextmanager
-def at_end(tidy: Callable[[str], object]) -> Iterator[None]:
-    """Inside, ``tidy`` is called with the report when the watchdog ends this process: no other clean-up is run then.
+def at_end(tidy: Callable[[Ending], object]) -> Iterator[None]:
+    """Inside, ``tidy`` is called with what ended the run when the watchdog ends this process: no other clean-up is run.
 
     Another thread calls it, and waits some seconds for it.
     """
@@ -95,8 +124,8 @@ class Ending:
 
     Attributes:
         rank: which.
-        kind: "traceback", "gone" (it died without a word), "stuck", "Stopped", "KeyboardInterrupt", or the name of a
-            LeakfreeError.
+        kind: "traceback", "gone" (it died without a word), "away" (its machine does not answer), "stuck", "Stopped",
+            "KeyboardInterrupt", or the name of a LeakfreeError.
         text: for the user.
         details: what an error of that kind is made of, if not of ``text``.
         when: seconds since the epoch.
@@ -134,7 +163,7 @@ class Ending:
             return 75
         if self.kind == INTERRUPTED:
             return 130
-        return 1 if self.kind in (TRACEBACK, GONE, STUCK) else 2
+        return 1 if self.kind in (TRACEBACK, GONE, AWAY, STUCK) else 2
 
     def error(self) -> BaseException:
         """The exception to raise for it elsewhere."""
@@ -142,6 +171,8 @@ class Ending:
             return Stopped(*self.details)
         if self.kind == INTERRUPTED:
             return KeyboardInterrupt(self.text)
+        if self.kind == AWAY:
+            return MachineLost(self.text, self.rank)
         if self.kind in (TRACEBACK, GONE, STUCK):
             return RankError(self.text)
         return getattr(errors, self.kind, LeakfreeError)(self.text)
@@ -165,7 +196,7 @@ def first_cause(endings: Sequence[Ending]) -> Ending:
     def order(ending: Ending) -> tuple[int, float]:
         if ending.deliberate:
             return 4, ending.when
-        return {STUCK: 1, GONE: 2, TRACEBACK: 3}.get(ending.kind, 0), ending.when
+        return {STUCK: 1, GONE: 2, AWAY: 2, TRACEBACK: 3}.get(ending.kind, 0), ending.when
 
     return min(endings, key=order)
 
@@ -421,6 +452,8 @@ class Watchdog:
     # on every rank but 0
 
     def _follow(self, _: int, message: Message, now: float) -> None:
+        if message["is"] == LOST and self._decides:  # it has said goodbye before
+            return
         host = self._ranks.setdefault(0, _Seen(now))
         host.heard = now
         if message["is"] == "beat":
@@ -434,10 +467,8 @@ class Watchdog:
         elif message["is"] == "bye":
             self._decides = True  # about itself: nobody else does any more
             del self._ranks[0]
-        elif message["is"] == LOST and not self._decides:
-            self._verdict = Ending(
-                0, GONE, f"rank 0{host.where} is gone (killed, or its machine is); the other ranks have been ended"
-            )
+        elif message["is"] == LOST:
+            self._verdict = _lost(0, host.where, message)
 
     def _judge_host(self, now: float) -> None:
         host = self._ranks.setdefault(0, _Seen(now))
@@ -462,13 +493,12 @@ class Watchdog:
         elif message["is"] == "bye":
             seen.done = True
         elif message["is"] == LOST and not seen.done:
-            text = f"rank {rank}{seen.where} is gone (killed, or its machine is); the other ranks have been ended"
-            self._note(Ending(rank, GONE, text, when=time.time()), now)
+            self._note(_lost(rank, seen.where, message), now)
 
     def _note(self, ending: Ending, now: float) -> None:
         if not self._endings:
             self._settled = now + _SETTLE
-        if ending.kind not in (TRACEBACK, GONE):  # no consequence of anything
+        if ending.kind not in (TRACEBACK, GONE, AWAY):  # no consequence of anything
             self._settled = now
         self._endings.append(ending)
 
@@ -556,9 +586,11 @@ class Watchdog:
 
     def _conclude(self, verdict: Ending) -> None:
         """End this process, unless its work ends by itself in time."""
-        grace = _STOPPING if verdict.deliberate else 0.0 if verdict.kind == STUCK else _GRACE
-        if self._left.wait(grace):
-            return
+        graces = {STOPPED: _STOPPING, INTERRUPTED: _INTERRUPTED, STUCK: 0.0}
+        clock, grace = Clock(2 * _LOOK), graces.get(verdict.kind, _GRACE)
+        while clock.tick() < grace:
+            if self._left.wait(_LOOK):
+                return
         with self._lock:
             if self._left.is_set():
                 return
@@ -576,11 +608,19 @@ class Watchdog:
         self._tell(verdict)
         for tidy in reversed(_tidying):
             try:
-                tidy(verdict.spoken())
+                tidy(verdict)
             except Exception:
                 traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _lost(rank: int, where: str, message: Message) -> Ending:
+    """What is known of a rank whose connection has ended."""
+    kind, what = GONE, "is gone (killed, or its machine is)"
+    if message["silent"]:
+        kind, what = AWAY, "does not answer any more (its machine is down, or the network to it)"
+    return Ending(rank, kind, f"rank {rank}{where} {what}; the other ranks have been ended", when=time.time())
 
 
 def _runs(ranks: list[int]) -> str:

@@ -6,7 +6,7 @@ import sys
 import time
 
 from leakfree.launch.job import Training
-from leakfree.training import Stopped
+from leakfree.training import MachineLost, Stopped
 
 
 class Stopping(Training):
@@ -46,6 +46,27 @@ class Broken(Training):
             raise ZeroDivisionError("the loss of rank 1")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(600)
+
+
+class LostMachine(Training):
+    """At its first start, each rank but that one hears that the machine of rank 1 does not answer."""
+
+    def start(self, config):
+        print(f"start {os.environ.get('SLURM_RESTART_COUNT', '0')} of rank {os.environ['RANK']}", flush=True)
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
+            if os.environ["RANK"] == "1":
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(600)
+            raise MachineLost("rank 1 (on n2) does not answer any more", 1)
+
+
+class Unlucky(Training):
+    """The first of its runs fails in a way that nobody expected."""
+
+    def start(self, config):
+        if config.seed == 0:
+            raise ZeroDivisionError("a library's fault")
+        super().start(config)
 
 
 class PrivateFolder(Training):

@@ -10,6 +10,9 @@ import time
 import pytest
 
 from leakfree.cli import main
+from leakfree.launch import submit
+from leakfree.records import read_record
+from tests.launch import stand_in
 from tests.launch.jobs import CONFIG
 from tests.runs import same, weights_of
 
@@ -84,6 +87,33 @@ def test_several_runs_go_on_after_one_that_fails_and_the_exit_code_tells(capfd, 
     assert "model.num_classes" in captured.err
     assert (root / "run" / "model_final.pt").exists()
     assert not (root / "other" / "model_final.pt").exists()
+
+
+def test_a_fault_that_nobody_expected_keeps_no_other_run_from_its_start(capfd, config_file, monkeypatch):
+    monkeypatch.setattr(submit, "Training", stand_in.Unlucky)
+    root = config_file.parent
+    words = ["--launcher", "debug", "--seeds", "2", "--log-dir", str(root / "jobs"), "schedule.max_steps=2"]
+    assert main(["launch", "--config-file", str(config_file), *words]) == 1
+    assert "ZeroDivisionError: a library's fault" in capfd.readouterr().err
+    assert (root / "run_seed1" / "model_final.pt").exists()
+
+
+def test_what_ends_a_job_behind_setup_lines_reaches_it(config_file):
+    """The job is then the child of a shell."""
+    root = config_file.parent
+    words = ["--launcher", "local", "--setup", "true", "--log-dir", str(root / "jobs"), "schedule.max_steps=100000"]
+    line = [sys.executable, "-m", "leakfree.cli", "launch", "--config-file", str(config_file), *words]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    (end,) = [line for line in done.stdout.splitlines() if "# saves, then ends" in line]
+    deadline = time.monotonic() + 60
+    while not (root / "run" / "metrics.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    subprocess.run(end, shell=True, check=True)
+    while not (root / "run" / "record.json").exists() or read_record(root / "run").status != "interrupted":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert read_record(root / "run").sessions[-1]["ended"] == "stopped by SIGTERM"
 
 
 def test_dry_run_starts_nothing(capsys, config_file):

@@ -15,6 +15,13 @@ ENDING = {"JobState": "COMPLETING", "Reason": "None", "Restarts": "0"}
     [
         ("SIGUSR2", RUNNING, 0, True, 0, "time limit or a preemption"),
         ("SIGUSR2", {}, 0, True, 0, "time limit or a preemption"),
+        ("SIGUSR2", {**ENDING, "Reason": "TimeLimit"}, 0, True, 0, "TimeLimit"),
+        ("SIGUSR2", {**ENDING, "PreemptTime": "2026-11-22T17:26:26"}, 0, True, 0, "preempted"),
+        ("SIGUSR2", ENDING, 0, False, 75, "cancelled by the user"),  # scancel after the warning
+        ("SIGUSR2", {"JobState": "CANCELLED"}, 0, False, 75, "cancelled by the user"),
+        ("a lost machine", RUNNING, 0, True, 0, "a lost machine while Slurm calls the job RUNNING"),
+        ("a lost machine", {"JobState": "NODE_FAIL"}, 0, True, 0, "NODE_FAIL"),
+        ("a lost machine", {"JobState": "COMPLETING", "Restarts": "1"}, 0, False, 0, "Slurm has put the job back"),
         ("SIGTERM", RUNNING, 0, True, 0, "RUNNING"),
         ("SIGTERM", {"JobState": "PREEMPTED"}, 0, True, 0, "PREEMPTED"),
         ("SIGTERM", {"JobState": "NODE_FAIL"}, 0, True, 0, "NODE_FAIL"),
@@ -43,6 +50,8 @@ def test_only_the_time_limit_counts():
     assert time_is_up({"EndTime": "2026-11-22T17:02:30"}, 90, now)  # Slurm may be a minute early
     assert not time_is_up({"EndTime": "2026-11-22T17:30:00"}, 90, now)
     assert time_is_up({"EndTime": "2026-11-22T17:30:00"}, 1800, now)
+    assert not time_is_up({"EndTime": "2026-11-22T17:00:30", "PreemptTime": "2026-11-22T17:00:00"}, 90, now)
+    assert time_is_up({"EndTime": "2026-11-22T17:01:30", "PreemptTime": "None"}, 90, now)
     assert time_is_up({}, 90, now)
     assert time_is_up({"EndTime": "Unknown"}, 90, now)
 

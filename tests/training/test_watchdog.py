@@ -6,6 +6,7 @@ The same faults in ranks that a process of ours supervises, and in ranks that a 
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -125,10 +126,13 @@ def holds_the_interpreter(folder):
 if __name__ == "__main__":
     from leakfree.cli import main
     import leakfree.cli
+    from leakfree.training import board
+    board._GONE_AFTER = int(os.environ.get("GONE_AFTER", board._GONE_AFTER))
     from leakfree.training.ranks import RankPlan, run_ranks
 
     joined, folder, fault, culprit, size, patience, join_within = sys.argv[1:]
-    plan = RankPlan(int(size), int(size), False, joined == "joined", float(patience), float(join_within))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    plan = RankPlan(int(size), local_size, False, joined == "joined", float(patience), float(join_within))
     leakfree.cli._run = lambda argv, own: run_ranks(plan, work, folder, fault, int(culprit)) or 0
     sys.exit(main([]))
 """
@@ -214,8 +218,66 @@ def wait_gone(pids, within=15):
         time.sleep(0.05)
 
 
+@pytest.fixture
+def two_machines():
+    """The names of two network name spaces and their addresses, joined by a cable."""
+    names = [f"leakfree{os.getpid()}{end}" for end in "ab"]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("making a network needs root and iproute2")
+    try:
+        for name in names:
+            if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
+                pytest.skip("this machine lets nobody make a network")
+        cable = ["type", "veth", "peer", "name", "leakfree0", "netns", names[1]]
+        _ip("-n", names[0], "link", "add", "leakfree0", *cable)
+        for name, address in zip(names, addresses, strict=True):
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", "leakfree0")
+            for device in ("lo", "leakfree0"):
+                _ip("-n", name, "link", "set", device, "up")
+        yield names, addresses
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def _ip(*words):
+    subprocess.run(["ip", *words], check=True)
+
+
 HOW = pytest.mark.parametrize("how", ["supervised", "joined"])
 SLOW = pytest.mark.slow
+
+
+def test_a_machine_that_does_not_answer_is_told_from_a_rank_that_was_killed(tmp_path, two_machines):
+    """Not only to the user: a job whose machine is lost goes back into the queue."""
+    (tmp_path / "faults.py").write_text(FAULTS)
+    names, addresses = two_machines
+    shared = {"MASTER_ADDR": addresses[0], "MASTER_PORT": "29500", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    arguments = ["joined", str(tmp_path), "waits_for_a_signal", "1", "2", "300", "120"]
+    processes = []
+    for rank, name in enumerate(names):
+        own = {"RANK": str(rank), "LOCAL_RANK": "0", "GROUP_RANK": str(rank), "GONE_AFTER": "2000"}
+        paths = [str(Path(__file__).parents[2]), str(tmp_path)]
+        environment = {**os.environ, **shared, **own, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        command = ["ip", "netns", "exec", name, sys.executable, str(tmp_path / "faults.py"), *arguments]
+        with (tmp_path / f"{rank}.err").open("w") as errors:
+            processes.append(subprocess.Popen(command, env=environment, stderr=errors, start_new_session=True))
+    try:
+        deadline = time.monotonic() + BOUND
+        while not (tmp_path / "1.pid").exists():
+            assert time.monotonic() < deadline, (tmp_path / "1.err").read_text()
+            time.sleep(0.05)
+        _ip("-n", names[1], "link", "set", "leakfree0", "down")
+        assert [process.wait(BOUND) for process in processes] == [1, 1]
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    for rank in (0, 1):
+        told = (tmp_path / f"{rank}.err").read_text()
+        assert re.search(rf"rank {1 - rank} on \S+ does not answer any more \(its machine is down, or the net", told)
 
 
 @HOW
