@@ -347,7 +347,8 @@ def _watch(processes: list[BaseProcess], pipes: list[Connection]) -> dict[int, E
 def _hand_on(signal_name: str, processes: list[BaseProcess]) -> None:
     """Tell the ranks to stop; until they have, this process only waits."""
     for process in processes:
-        if process.is_alive() and process.pid is not None:  # not reaped: its id cannot be anybody else's
+        assert process.pid is not None
+        with suppress(ProcessLookupError):  # is_alive() would reap one that has ended; so its id is nobody else's
             os.kill(process.pid, signal.Signals[signal_name])
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from leakfree.config.schema import TrainerConfig
 from leakfree.errors import ConfigError, DataError
+from leakfree.training import ranks
 from leakfree.training.ranks import RankError, RankPlan, plan_ranks, run_ranks, threads_per_rank, usable_cores
 
 TWO = RankPlan(world_size=2, local_size=2, gpus=False, joined=False)
@@ -43,6 +44,16 @@ def test_ranks_meet_in_one_process_group(tmp_path):
     assert (tmp_path / "0").read_text() == "3.0 0 0 2 2 0"
     assert (tmp_path / "1").read_text() == "3.0 1 1 2 2 0"
     assert "RANK" not in os.environ
+
+
+def test_a_signal_for_a_rank_that_has_just_ended_hides_nothing_of_it():
+    process = multiprocessing.get_context("fork").Process(target=os._exit, args=(3,))
+    process.start()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    ranks._hand_on("SIGTERM", [process])
+    assert ranks._has_ended(process)
+    process.join()
+    assert process.exitcode == 3
 
 
 def _tell_start_method(folder):

@@ -1,5 +1,6 @@
 """A run from its config to its record, in this process and over the ranks of the test pool."""
 
+import errno
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from leakfree.config import load_config
 from leakfree.errors import CheckpointError, RunError
 from leakfree.records import read_record
-from leakfree.training import evaluate, train, work
+from leakfree.training import Stopped, evaluate, run, train, work
 from leakfree.training.detection import DetectionTask
 from leakfree.training.module import seed_step
 from tests.ranks import run_ranks
@@ -31,6 +33,25 @@ def train_on_two(config_file, folder, *overrides, resume=False):
 def test_the_process_that_only_watches_over_ranks_loads_no_torch():
     code = "import sys, leakfree.training; assert not {'torch', 'lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_stop_stays_one_beside_a_record_that_cannot_be_read(make_config):
+    config = make_config()
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    (folder / "record.json").write_text("{")
+    with pytest.raises(Stopped), run._guarded(config):
+        raise Stopped("SIGTERM", "step 3 is saved")
+    assert "stopped by SIGTERM: step 3 is saved" in (folder / "log.txt").read_text()
+
+
+def test_a_folder_that_cannot_be_cleared_is_one_line(make_config, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "start_of_training", full)
+    with pytest.raises(RunError, match=r"^output_dir: \S+ cannot be read or written \(No space left on device\): make"):
+        train(make_config())
 
 
 # ------------------------------------------------------------------------------------ one process
