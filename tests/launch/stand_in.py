@@ -3,10 +3,12 @@
 import os
 import signal
 import sys
+import threading
 import time
 
 from leakfree.launch.job import Training
-from leakfree.training import MachineLost, Stopped
+from leakfree.training import Stopped, watchdog
+from leakfree.training.watchdog import AWAY, Ending
 
 
 class Stopping(Training):
@@ -49,15 +51,20 @@ class Broken(Training):
 
 
 class LostMachine(Training):
-    """At its first start, each rank but that one hears that the machine of rank 1 does not answer."""
+    """Rank 0 hears that the machine of rank 1 does not answer: in its work at the first start, then by its watchdog."""
 
     def start(self, config):
-        print(f"start {os.environ.get('SLURM_RESTART_COUNT', '0')} of rank {os.environ['RANK']}", flush=True)
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
-            if os.environ["RANK"] == "1":
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                time.sleep(600)
-            raise MachineLost("rank 1 (on n2) does not answer any more", 1)
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        print(f"start {restarts} of rank {os.environ['RANK']}", flush=True)
+        ending = Ending(1, AWAY, "rank 1 on n2 does not answer any more")
+        if restarts > 1:
+            return
+        if os.environ["RANK"] == "0" and restarts == 0:
+            raise ending.error()
+        if os.environ["RANK"] == "0":  # what the watchdog does when the work is stuck in a collective
+            threading.Thread(target=lambda: [tidy(ending) for tidy in reversed(watchdog._tidying)]).start()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(600)
 
 
 class Unlucky(Training):

@@ -58,9 +58,10 @@ def test_a_cancelled_job_stays_away(tmp_path, here):
 def test_a_lost_machine_requeues_the_job_before_slurm_knows_of_it(tmp_path, here):
     (job,) = launched(here, tmp_path, *TWO_NODES, training=stand_in.LostMachine)
     job.until("a lost machine while Slurm calls the job RUNNING")
-    assert job.ended() == {"JobState": "COMPLETED", "ExitCode": "0:0", "Restarts": "1"}
-    assert "leakfree: failed: rank 1 (on n2) does not answer any more" in job.log()
-    assert [rank for rank in (0, 1) if "start 1 of rank" not in job.log(rank)] == []
+    assert job.ended() == {"JobState": "COMPLETED", "ExitCode": "0:0", "Restarts": "2"}
+    assert "leakfree: failed: rank 1 on n2 does not answer any more" in job.log()
+    assert job.log().count("is back in the queue") == 2
+    assert [rank for rank in (0, 1) if "start 2 of rank" not in job.log(rank)] == []
 
 
 def test_where_requeueing_is_refused_the_log_says_what_to_do(tmp_path, here):
