@@ -1,5 +1,5 @@
 # make demo     see the leak and its cures (about 10 minutes on 4 cores, about 19 on 2 (estimated); after the first install)
-# make test     ruff, mypy and all tests
+# make test     ruff, mypy and all tests (about 23 minutes on 2 cores)
 # Both make .venv and install requirements.lock into it when something is missing; a second call starts at once.
 
 # The first of these that runs and is new enough; choose another with `make PYTHON=/path/to/python3.12 test`.

@@ -17,8 +17,9 @@ from leakfree.launch.preflight import place_in_slurm, preflight
 from leakfree.launch.requeue import judge, put_back, time_is_up
 from leakfree.launch.slurm import job_facts
 from leakfree.training import MachineLost, RankError, Stopped, train
+from leakfree.training.endings import AWAY, Ending
 from leakfree.training.stopping import EXIT_STOPPED, listening, received
-from leakfree.training.watchdog import AWAY, Ending, at_end
+from leakfree.training.watchdog import at_end
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission

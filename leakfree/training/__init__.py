@@ -3,9 +3,8 @@
 Importing this loads neither torch nor Lightning; the ranks do.
 """
 
-from leakfree.training.ranks import RankError
+from leakfree.training.endings import MachineLost, RankError
 from leakfree.training.run import evaluate, train
 from leakfree.training.stopping import Stopped
-from leakfree.training.watchdog import MachineLost
 
 __all__ = ["MachineLost", "RankError", "Stopped", "evaluate", "train"]

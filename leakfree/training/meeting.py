@@ -12,7 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from leakfree.errors import ConfigError
-from leakfree.training.watchdog import RankError
+from leakfree.training.endings import RankError
 
 if TYPE_CHECKING:
     import torch.distributed as dist

@@ -32,9 +32,10 @@ from typing import TYPE_CHECKING, Any
 from leakfree.config.schema import TrainerConfig
 from leakfree.errors import ConfigError
 from leakfree.signals import STOP_SIGNALS, held_back
+from leakfree.training.endings import GONE, Ending, RankError, first_cause
 from leakfree.training.meeting import from_launcher, interface_of_this_machine, meet, names_of_this_machine
 from leakfree.training.stopping import listening, received
-from leakfree.training.watchdog import GONE, Ending, RankError, Watchdog, first_cause, longest_patience
+from leakfree.training.watchdog import Watchdog, longest_patience
 
 if TYPE_CHECKING:
     import torch.distributed as dist

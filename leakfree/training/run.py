@@ -13,6 +13,7 @@ from leakfree.config.schema import RunConfig
 from leakfree.errors import LeakfreeError, RunError
 from leakfree.records import RunRecord, read_record
 from leakfree.training.checkpoints import list_checkpoints
+from leakfree.training.endings import Ending, RankError
 from leakfree.training.folder import (
     Start,
     interrupted_record,
@@ -23,7 +24,7 @@ from leakfree.training.folder import (
 from leakfree.training.lock import locked
 from leakfree.training.ranks import RankPlan, plan_ranks, run_ranks
 from leakfree.training.stopping import Stopped, listening, what_is_saved
-from leakfree.training.watchdog import Ending, RankError, at_end
+from leakfree.training.watchdog import at_end
 
 __all__ = ["evaluate", "train"]
 

@@ -21,25 +21,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from leakfree import errors
-from leakfree.errors import LeakfreeError
 from leakfree.training.board import LOST, Board, BoardError, Message
+from leakfree.training.endings import AWAY, GONE, INTERRUPTED, LONGEST, STOPPED, STUCK, TRACEBACK, Ending, first_cause
 from leakfree.training.stacks import Place, place_of
-from leakfree.training.stopping import Stopped
 
-__all__ = [
-    "Clock",
-    "Ending",
-    "MachineLost",
-    "RankError",
-    "Watchdog",
-    "at_end",
-    "first_cause",
-    "longest_patience",
-    "progress",
-]
+__all__ = ["Clock", "Watchdog", "at_end", "longest_patience", "progress"]
 
 _BEAT = 5.0  # seconds between two signs of life
 _LOOK = 0.5  # seconds between two looks whether a rank that should end has ended
@@ -51,31 +38,7 @@ _ANSWERS = 5.0  # seconds in which the others answer where they are, or rank 0 d
 _TIDYING = 20.0  # seconds for what must be done before a rank is ended: a save under way, the record, the log
 _SLOW = 10  # times the patience for a slow phase,
 _SLOW_MOST = 1800.0  # but no more than these seconds, unless the patience itself is longer
-_LONGEST = 20_000  # characters of a traceback; a pipe holds 64 KiB
 _MOST_STACKS = 3
-
-TRACEBACK, GONE, AWAY, STUCK = "traceback", "gone", "away", "stuck"
-STOPPED, INTERRUPTED = "Stopped", "KeyboardInterrupt"
-
-
-class RankError(RuntimeError):
-    """A rank failed, was killed or is stuck; the message names it and holds its traceback."""
-
-
-class MachineLost(RankError):
-    """The machine of a rank does not answer any more: it is down, or the network to it.
-
-    Attributes:
-        rank: the one that was noticed first.
-    """
-
-    def __init__(self, text: str, rank: int) -> None:
-        super().__init__(text)
-        self.rank = rank
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.rank)
-
 
 # ----------------------------------------------------------------------------- what a rank calls
 
@@ -113,92 +76,6 @@ def at_end(tidy: Callable[[Ending], object]) -> Iterator[None]:
         yield
     finally:
         _tidying.remove(tidy)
-
-
-# ------------------------------------------------------------------------------ what ended a rank
-
-
-@dataclass(frozen=True)
-class Ending:
-    """What ended a rank before its work was done.
-
-    Attributes:
-        rank: which.
-        kind: "traceback", "gone" (it died without a word), "away" (its machine does not answer), "stuck", "Stopped",
-            "KeyboardInterrupt", or the name of a LeakfreeError.
-        text: for the user.
-        details: what an error of that kind is made of, if not of ``text``.
-        when: seconds since the epoch.
-    """
-
-    rank: int
-    kind: str
-    text: str
-    details: tuple[str, ...] = ()
-    when: float = 0.0
-
-    @classmethod
-    def of(cls, rank: int, error: BaseException, where: str = "") -> Ending:
-        """The ending of ``rank`` (on the machine ``where``) by an exception, which is being handled."""
-        now = time.time()
-        if isinstance(error, LeakfreeError):
-            return cls(rank, type(error).__name__, str(error), when=now)
-        if isinstance(error, Stopped):
-            return cls(rank, STOPPED, str(error), (error.signal_name, error.where, error.then), when=now)
-        if isinstance(error, KeyboardInterrupt):
-            return cls(rank, INTERRUPTED, f"rank {rank} was interrupted", when=now)
-        lines = "".join(traceback.format_exception(error))[-_LONGEST:]
-        text = f"rank {rank}{where} failed; the other ranks have been ended. Its traceback:\n{lines}"
-        return cls(rank, TRACEBACK, text, when=now)
-
-    @property
-    def deliberate(self) -> bool:
-        """Somebody wanted it: no failure."""
-        return self.kind in (STOPPED, INTERRUPTED)
-
-    @property
-    def exit_code(self) -> int:
-        """That of the command whose run ended so."""
-        if self.kind == STOPPED:
-            return 75
-        if self.kind == INTERRUPTED:
-            return 130
-        return 1 if self.kind in (TRACEBACK, GONE, AWAY, STUCK) else 2
-
-    def error(self) -> BaseException:
-        """The exception to raise for it elsewhere."""
-        if self.kind == STOPPED:
-            return Stopped(*self.details)
-        if self.kind == INTERRUPTED:
-            return KeyboardInterrupt(self.text)
-        if self.kind == AWAY:
-            return MachineLost(self.text, self.rank)
-        if self.kind in (TRACEBACK, GONE, STUCK):
-            return RankError(self.text)
-        return getattr(errors, self.kind, LeakfreeError)(self.text)
-
-    def spoken(self) -> str:
-        """With what the commands of leakfree put before it."""
-        return self.text if self.deliberate else f"{'failed' if self.exit_code == 1 else 'error'}: {self.text}"
-
-    def brief(self) -> Ending:
-        """With the first line alone: another rank tells the whole."""
-        line = self.text.partition("\n")[0].removesuffix(" Its traceback:")
-        return Ending(self.rank, self.kind, line, self.details, self.when)
-
-
-def first_cause(endings: Sequence[Ending]) -> Ending:
-    """The one to tell: the user's mistake, a stuck rank, a rank that died, else the first failure in time.
-
-    The others mostly saw only that their peer was gone. That the run was stopped counts where nothing failed.
-    """
-
-    def order(ending: Ending) -> tuple[int, float]:
-        if ending.deliberate:
-            return 4, ending.when
-        return {STUCK: 1, GONE: 2, AWAY: 2, TRACEBACK: 3}.get(ending.kind, 0), ending.when
-
-    return min(endings, key=order)
 
 
 def longest_patience(stuck_after: float) -> float:
@@ -468,7 +345,7 @@ class Watchdog:
             self._decides = True  # about itself: nobody else does any more
             del self._ranks[0]
         elif message["is"] == LOST:
-            self._verdict = _lost(0, host.where, message)
+            self._verdict = Ending.lost(0, host.where, silent=message["silent"])
 
     def _judge_host(self, now: float) -> None:
         host = self._ranks.setdefault(0, _Seen(now))
@@ -493,7 +370,7 @@ class Watchdog:
         elif message["is"] == "bye":
             seen.done = True
         elif message["is"] == LOST and not seen.done:
-            self._note(_lost(rank, seen.where, message), now)
+            self._note(Ending.lost(rank, seen.where, silent=message["silent"]), now)
 
     def _note(self, ending: Ending, now: float) -> None:
         if not self._endings:
@@ -582,7 +459,7 @@ class Watchdog:
             place = ranks[rank].place
             if place is not None and place.stack:
                 text += f"\nPython stack of rank {rank}:\n{place.stack.rstrip()}"
-        return Ending(blamed[0] if len(blamed) == 1 else -1, STUCK, text[:_LONGEST], when=time.time())
+        return Ending(blamed[0] if len(blamed) == 1 else -1, STUCK, text[:LONGEST], when=time.time())
 
     def _conclude(self, verdict: Ending) -> None:
         """End this process, unless its work ends by itself in time."""
@@ -613,14 +490,6 @@ class Watchdog:
                 traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-
-
-def _lost(rank: int, where: str, message: Message) -> Ending:
-    """What is known of a rank whose connection has ended."""
-    kind, what = GONE, "is gone (killed, or its machine is)"
-    if message["silent"]:
-        kind, what = AWAY, "does not answer any more (its machine is down, or the network to it)"
-    return Ending(rank, kind, f"rank {rank}{where} {what}; the other ranks have been ended", when=time.time())
 
 
 def _runs(ranks: list[int]) -> str:

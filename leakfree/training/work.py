@@ -35,6 +35,7 @@ from leakfree.training.checkpoints import Shelf
 from leakfree.training.classification import ClassificationTask
 from leakfree.training.conversion import Conversion, amended
 from leakfree.training.detection import DetectionTask
+from leakfree.training.endings import RankError
 from leakfree.training.folder import Start
 from leakfree.training.journal import Journal, peak_memory_mib, timing_of
 from leakfree.training.lock import slurm_job
@@ -44,7 +45,7 @@ from leakfree.training.ranks import RankPlan, threads_per_rank
 from leakfree.training.saving import BackgroundCheckpoints
 from leakfree.training.stopping import StopAsked, Stopped, what_is_saved
 from leakfree.training.tasks import Task
-from leakfree.training.watchdog import RankError, at_end, progress
+from leakfree.training.watchdog import at_end, progress
 
 __all__ = ["evaluate_on_rank", "train_on_rank"]
 

@@ -8,7 +8,7 @@ import time
 
 from leakfree.launch.job import Training
 from leakfree.training import Stopped, watchdog
-from leakfree.training.watchdog import AWAY, Ending
+from leakfree.training.endings import AWAY, Ending
 
 
 class Stopping(Training):

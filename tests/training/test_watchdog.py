@@ -23,9 +23,10 @@ from leakfree.errors import DataError
 from leakfree.records import read_record
 from leakfree.training import Stopped, train
 from leakfree.training.board import LOST, Board, BoardError
+from leakfree.training.endings import GONE, STUCK, TRACEBACK, Ending, RankError, first_cause
 from leakfree.training.ranks import RankPlan, plan_ranks, run_ranks
 from leakfree.training.stacks import place_of
-from leakfree.training.watchdog import GONE, STUCK, TRACEBACK, Ending, RankError, at_end, first_cause, progress
+from leakfree.training.watchdog import at_end, progress
 
 pytestmark = pytest.mark.alone
 
