@@ -1,4 +1,4 @@
-# make demo     see the leak and its cures (about 10 minutes on 4 cores, about 19 on 2 (estimated); after the first install)
+# make demo     see the leak and its cures (about 10 minutes on 4 cores, about 15 on 2; after the first install)
 # make test     ruff, mypy and all tests (about 23 minutes on 2 cores)
 # Both make .venv and install requirements.lock into it when something is missing; a second call starts at once.
 
