@@ -37,9 +37,9 @@ class Agreement:
       have fewer batches and are waiting in the meeting at the loop's end, where the others join them.
 
     Args:
-        ahead: how many steps a rank's process may be ahead of what it has ordered: 0 where it waits for each exchange,
-            1 on GPUs, where the look at the loss of the next step waits for the exchange of this one. So much later is
-            the place that is named.
+        ahead: by how many steps a rank may be ahead of the last exchange that all have taken part in: 0 where it waits
+            for each, 1 on GPUs, where the look at the loss of the next step waits for the exchange of this one. So much
+            later is the place that is named.
     """
 
     def __init__(self, ahead: int = 0) -> None:

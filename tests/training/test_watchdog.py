@@ -5,6 +5,7 @@ The same faults in ranks that a process of ours supervises, and in ranks that a 
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ from leakfree.errors import DataError
 from leakfree.records import read_record
 from leakfree.training import Stopped, train
 from leakfree.training.board import LOST, Board, BoardError
-from leakfree.training.endings import GONE, STUCK, TRACEBACK, Ending, RankError, first_cause
+from leakfree.training.endings import GONE, STUCK, TRACEBACK, Ending, MachineLost, RankError, first_cause
 from leakfree.training.ranks import RankPlan, plan_ranks, run_ranks
 from leakfree.training.stacks import place_of
 from leakfree.training.watchdog import at_end, progress
@@ -523,6 +524,14 @@ def test_an_ending_becomes_an_error_again(error, code):
     else:
         assert type(again) is type(error)
         assert str(error) in str(again)
+
+
+def test_a_lost_machine_becomes_an_error_that_names_its_rank_and_travels():
+    lost = Ending.lost(3, " on n2", silent=True)
+    error = pickle.loads(pickle.dumps(lost.brief().error()))
+    assert (type(error), error.rank, lost.exit_code, lost.deliberate) == (MachineLost, 3, 1, False)
+    assert str(error).startswith("rank 3 on n2 does not answer any more")
+    assert Ending.lost(3, "", silent=False).kind == GONE
 
 
 def test_the_patience_of_a_plan_is_that_of_the_config():
